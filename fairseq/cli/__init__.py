@@ -1,0 +1,43 @@
+"""The commands. Each file parses its flags, calls the library and prints; the logic is elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from fairseq.errors import FairseqError
+
+EXIT_ERROR = 1  # bad input: a file, a value, an impossible request
+EXIT_INTERRUPTED = 130  # Ctrl-C, as a shell reports it
+
+Main = Callable[["list[str] | None"], None]
+
+
+def command(main: Main) -> Main:
+    """Turn the errors a user can cause into one line on standard error and an exit status, without a traceback."""
+
+    @functools.wraps(main)
+    def wrapper(argv: list[str] | None = None) -> None:
+        logging.basicConfig(
+            level=os.environ.get("LOGLEVEL", "INFO").upper(),
+            format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
+            datefmt="%Y-%m-%d %H:%M:%S",
+            stream=sys.stderr,
+        )
+        try:
+            main(argv)
+            sys.stdout.flush()
+        except FairseqError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(EXIT_ERROR)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
+        except BrokenPipeError:  # the reader of our output has gone: nothing to tell anyone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_ERROR)
+
+    return wrapper

@@ -1,0 +1,9 @@
+"""The one error class of the package: everything a user can cause, said in one line."""
+
+
+class FairseqError(Exception):
+    """Bad input, a bad file or an impossible request.
+
+    The message is one line that names the file, line or flag, what is wrong and what to do about it. Command-line
+    programs print it and exit with status 1, without a traceback.
+    """

@@ -1,0 +1,100 @@
+"""The Transformer's settings and the named presets of them (``--arch``)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fairseq.registry import ARCHITECTURES
+from fairseq.utils.flags import default_of, flag, from_namespace
+
+ACTIVATIONS = ("relu", "gelu", "gelu_accurate", "gelu_fast", "tanh", "linear", "swish")
+
+
+@dataclass
+class TransformerConfig:
+    """Size and shape of an encoder-decoder Transformer; the defaults are Vaswani et al.'s (2017) base model.
+
+    ``decoder_embed_dim`` and ``decoder_ffn_embed_dim`` follow the encoder's when None.
+    """
+
+    encoder_layers: int = flag(6, "encoder layers")
+    encoder_embed_dim: int = flag(512, "encoder model dimension")
+    encoder_ffn_embed_dim: int = flag(2048, "encoder feed-forward dimension")
+    encoder_attention_heads: int = flag(8, "encoder attention heads")
+    encoder_normalize_before: bool = flag(False, "Pre-LN encoder")
+    encoder_learned_pos: bool = flag(False, "learned encoder positions instead of sinusoidal ones")
+    decoder_layers: int = flag(6, "decoder layers")
+    decoder_embed_dim: int | None = flag(None, "decoder model dimension (default: the encoder's)")
+    decoder_ffn_embed_dim: int | None = flag(None, "decoder feed-forward dimension (default: the encoder's)")
+    decoder_attention_heads: int = flag(8, "decoder attention heads")
+    decoder_normalize_before: bool = flag(False, "Pre-LN decoder")
+    decoder_learned_pos: bool = flag(False, "learned decoder positions instead of sinusoidal ones")
+    dropout: float = flag(0.1, "dropout after embeddings and before each residual sum")
+    attention_dropout: float = flag(0.0, "dropout of attention weights")
+    activation_dropout: float = flag(0.0, "dropout inside the feed-forward sub-layer", "--relu-dropout")
+    activation_fn: str = flag("relu", "feed-forward activation", choices=ACTIVATIONS)
+    share_all_embeddings: bool = flag(False, "one matrix for encoder input, decoder input and output")
+    share_decoder_input_output_embed: bool = flag(False, "one matrix for decoder input and output")
+    no_token_positional_embeddings: bool = flag(False, "no positional embeddings")
+    layernorm_embedding: bool = flag(False, "LayerNorm after the embeddings")
+    no_scale_embedding: bool = flag(False, "do not multiply embeddings by sqrt(dim)")
+    init_type: str = "default"
+    max_source_positions: int = 1024
+    max_target_positions: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.decoder_embed_dim is None:
+            self.decoder_embed_dim = self.encoder_embed_dim
+        if self.decoder_ffn_embed_dim is None:
+            self.decoder_ffn_embed_dim = self.encoder_ffn_embed_dim
+
+
+def register_architecture(name: str, **settings: Any) -> None:
+    """Add preset ``name``: TransformerConfig fields that differ from the defaults.
+
+    Raises FairseqError when the name is taken, TypeError for a field that TransformerConfig lacks.
+    """
+    TransformerConfig(**settings)
+    ARCHITECTURES.add(name, settings)
+
+
+def resolve_architecture(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """All TransformerConfig fields: what ``given`` names, else preset ``name``'s value, else the default."""
+    preset = ARCHITECTURES.get(name)
+    defaults = {field.name: default_of(field) for field in fields(TransformerConfig)}
+    return asdict(from_namespace(TransformerConfig, defaults | preset | _known(given)))
+
+
+def _known(given: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(TransformerConfig)}
+    return {key: value for key, value in given.items() if key in names}
+
+
+_BIG = {
+    "encoder_embed_dim": 1024,
+    "encoder_ffn_embed_dim": 4096,
+    "encoder_attention_heads": 16,
+    "decoder_attention_heads": 16,
+    "dropout": 0.3,
+}
+register_architecture("transformer")
+register_architecture("transformer_wmt_en_de")
+register_architecture(
+    "transformer_iwslt_de_en",
+    encoder_ffn_embed_dim=1024,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+)
+register_architecture("transformer_vaswani_wmt_en_de_big", **_BIG)
+register_architecture("transformer_vaswani_wmt_en_fr_big", **_BIG | {"dropout": 0.1})
+register_architecture("transformer_wmt_en_de_big", **_BIG | {"attention_dropout": 0.1})
+register_architecture(
+    "transformer_tiny",
+    encoder_layers=4,
+    encoder_embed_dim=128,
+    encoder_ffn_embed_dim=256,
+    encoder_attention_heads=4,
+    decoder_layers=4,
+    decoder_attention_heads=4,
+)

@@ -1,0 +1,394 @@
+"""Every flag of every command, once, in fairseq's spelling.
+
+A command's flags are a list of dataclasses. ``fairseq-train`` adds those of the chosen architecture, optimiser,
+schedule and criterion, which live beside their code. Long because it is a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq import __version__
+from fairseq.registry import (
+    ARCHITECTURES,
+    CRITERIONS,
+    LR_SCHEDULERS,
+    OPTIMIZERS,
+    RESIDUAL_RULES,
+    Registry,
+    import_user_dir,
+)
+from fairseq.utils.flags import add_flags, flag, from_namespace
+
+LOG_FORMATS = ("simple", "json", "tqdm", "none")
+POST_PROCESSORS = ("subword_nmt", "@@ ", "sentencepiece")
+
+
+@dataclass
+class CommonConfig:
+    """Logging, devices and precision: every command that runs a model has these."""
+
+    seed: int = flag(1, "seed of all random numbers")
+    cpu: bool = flag(False, "run on the CPU even when a GPU is there")
+    fp16: bool = flag(False, "compute in float16 (training: with dynamic loss scaling)")
+    bf16: bool = flag(False, "compute in bfloat16")
+    log_format: str | None = flag(
+        None,
+        "log lines as text, JSON, a progress bar or not at all (default: bar on a terminal, else simple)",
+        choices=LOG_FORMATS,
+    )
+    log_interval: int = flag(100, "log every N batches")
+    no_progress_bar: bool = flag(False, "text lines instead of a progress bar")
+    user_dir: str | None = flag(
+        None,
+        "import the Python package in this directory, which may register architectures and more; "
+        "the one flag that runs code from a file",
+        metavar="DIR",
+    )
+
+
+@dataclass
+class TrainLogConfig:
+    """Where training logs go besides the terminal, and loss scaling."""
+
+    log_file: str | None = flag(None, "append the log to this file too", metavar="FILE")
+    tensorboard_logdir: str | None = flag(None, "write TensorBoard event files here", metavar="DIR")
+    wandb_project: str | None = flag(None, "log to this Weights & Biases project", metavar="NAME")
+    fp16_init_scale: int = flag(2**7, "first loss scale with --fp16")
+    fp16_scale_window: int | None = flag(
+        None, "updates without overflow before the loss scale doubles (default: 2^14 / GPUs / update-freq)"
+    )
+    fp16_scale_tolerance: float = flag(0.0, "share of overflows in a window tolerated before the scale halves")
+    min_loss_scale: float = flag(1e-4, "stop training when the loss scale falls below this")
+    threshold_loss_scale: float | None = flag(None, "never lower the loss scale below this")
+
+
+@dataclass
+class DataConfig:
+    """What to translate: a data-bin and its two languages."""
+
+    data: str = flag(
+        "", "data-bin made by fairseq-preprocess; several, colon-separated, rotate by epoch", positional=True
+    )
+    task: str = flag("translation", "the task", choices=("translation",))
+    source_lang: str | None = flag(None, "source language", "-s", metavar="SRC")
+    target_lang: str | None = flag(None, "target language", "-t", metavar="TGT")
+    left_pad_source: bool = flag(True, "pad the source on the left")
+    left_pad_target: bool = flag(False, "pad the target on the left")
+    max_source_positions: int = flag(1024, "longest source sentence, in tokens")
+    max_target_positions: int = flag(1024, "longest target sentence, in tokens")
+    truncate_source: bool = flag(False, "cut longer source sentences to --max-source-positions")
+    num_workers: int = flag(1, "processes that read and collate batches ahead (0: none)")
+    skip_invalid_size_inputs_valid_test: bool = flag(
+        False, "leave out too long sentences of validation and test sets instead of stopping"
+    )
+    max_tokens: int | None = flag(None, "most tokens in a batch, padding included")
+    batch_size: int | None = flag(None, "most sentences in a batch", "--max-sentences")
+    required_batch_size_multiple: int = flag(8, "batch sizes are multiples of this where possible")
+
+
+@dataclass
+class TrainDataConfig:
+    """Subsets and validation."""
+
+    train_subset: str = flag("train", "subset to train on", metavar="SPLIT")
+    valid_subset: str = flag("valid", "subsets to validate on, comma-separated", metavar="SPLIT")
+    validate_interval: int = flag(1, "validate every N epochs")
+    validate_interval_updates: int = flag(0, "validate every N updates too")
+    disable_validation: bool = flag(False, "do not validate")
+    max_tokens_valid: int | None = flag(None, "most tokens in a validation batch (default: --max-tokens)")
+    batch_size_valid: int | None = flag(
+        None, "most sentences in a validation batch (default: --batch-size)", "--max-sentences-valid"
+    )
+    eval_bleu: bool = flag(False, "translate the validation set and report BLEU")
+    eval_bleu_args: dict[str, Any] | None = flag(
+        None, 'generation flags for --eval-bleu as JSON, such as \'{"beam": 4, "lenpen": 0.6}\''
+    )
+    eval_bleu_detok: str = flag("space", "detokeniser of --eval-bleu", choices=("space", "moses"))
+    eval_bleu_remove_bpe: str | None = flag(None, "undo this subword segmentation before BLEU", choices=POST_PROCESSORS)
+    eval_tokenized_bleu: bool = flag(False, "BLEU on tokens as they are, without sacrebleu's own tokeniser")
+    eval_bleu_print_samples: bool = flag(False, "print one translation a validation batch")
+
+
+@dataclass
+class ComponentConfig:
+    """The interchangeable parts."""
+
+    arch: str = flag("transformer", "model architecture", "-a", choices=ARCHITECTURES.names)
+    init_type: str = flag(
+        "default",
+        "residual rule: default (Post-LN, or Pre-LN with --*-normalize-before), adaptive-profiling "
+        "(measure omega and stop), adaptive (train with omega: Admin)",
+        choices=RESIDUAL_RULES.names,
+    )
+    omega_file: str = flag(
+        "profile.ratio.init", "omega profile: written by adaptive-profiling, read by adaptive", metavar="FILE"
+    )
+    criterion: str = flag("cross_entropy", "training criterion", choices=CRITERIONS.names)
+    optimizer: str = flag("adam", "optimiser", choices=OPTIMIZERS.names)
+    lr_scheduler: str = flag("fixed", "learning-rate schedule", choices=LR_SCHEDULERS.names)
+
+
+@dataclass
+class OptimizationConfig:
+    """How long and how fast to train."""
+
+    max_epoch: int = flag(0, "stop after this epoch (0: no limit)")
+    max_update: int = flag(0, "stop after this many updates (0: no limit)")
+    stop_min_lr: float = flag(-1.0, "stop when the learning rate falls to this", "--min-lr")
+    clip_norm: float = flag(0.0, "clip the gradient norm to this (0: do not clip)")
+    sentence_avg: bool = flag(False, "normalise gradients by sentences instead of tokens")
+    update_freq: list[int] = flag([1], "batches a GPU adds up before an update; a list is by epoch: 4,2,1")
+    lr: list[float] = flag([0.25], "learning rate; a list is by epoch with --lr-scheduler fixed", "--learning-rate")
+
+
+@dataclass
+class CheckpointConfig:
+    """What to save, what to keep and what to start from."""
+
+    save_dir: str = flag("checkpoints", "directory of the checkpoints", metavar="DIR")
+    restore_file: str = flag("checkpoint_last.pt", "checkpoint to continue from", metavar="FILE")
+    finetune_from_model: str | None = flag(
+        None, "start from this checkpoint's parameters alone, all else fresh", metavar="FILE"
+    )
+    reset_dataloader: bool = flag(False, "start the data from the first epoch, whatever the checkpoint says")
+    reset_lr_scheduler: bool = flag(False, "do not load the schedule's state")
+    reset_meters: bool = flag(False, "do not load the best metric and the training clock")
+    reset_optimizer: bool = flag(False, "do not load the optimiser's state")
+    save_interval: int = flag(1, "save every N epochs")
+    save_interval_updates: int = flag(0, "save (and validate) every N updates too")
+    keep_interval_updates: int = flag(-1, "keep the last N of those (-1: all)")
+    keep_last_epochs: int = flag(-1, "keep the last N epoch checkpoints (-1: all)")
+    keep_best_checkpoints: int = flag(-1, "also keep the N best as checkpoint.best_METRIC_VALUE.pt (-1: none)")
+    no_save: bool = flag(False, "save nothing")
+    no_epoch_checkpoints: bool = flag(False, "save only the last and the best")
+    no_last_checkpoints: bool = flag(False, "do not save checkpoint_last.pt")
+    no_save_optimizer_state: bool = flag(False, "leave the optimiser's state out (training cannot resume)")
+    best_checkpoint_metric: str = flag("loss", "metric of checkpoint_best.pt: loss, nll_loss, ppl, bleu")
+    maximize_best_checkpoint_metric: bool = flag(False, "the largest value of that metric is the best")
+    patience: int = flag(-1, "stop after N validations without a better metric (-1: never)")
+
+
+@dataclass
+class DistributedConfig:
+    """Several processes. Under torchrun its environment decides."""
+
+    distributed_world_size: int | None = flag(
+        None, "processes to train with on this machine (default: one a visible GPU, or 1 on the CPU)"
+    )
+    distributed_port: int = flag(0, "port of the rendezvous (0: any free one)")
+    ddp_backend: str = flag(
+        "pytorch_ddp",
+        "gradient exchange; all names mean DistributedDataParallel",
+        choices=("pytorch_ddp", "c10d", "no_c10d", "legacy_ddp"),
+    )
+    bucket_cap_mb: int = flag(25, "size of a gradient bucket, in MiB")
+
+
+@dataclass
+class GenerationConfig:
+    """Beam search and its relatives."""
+
+    beam: int = flag(5, "beam size")
+    nbest: int = flag(1, "hypotheses to print a sentence")
+    max_len_a: float = flag(0.0, "longest output is a * source length + b: a")
+    max_len_b: int = flag(200, "longest output is a * source length + b: b")
+    min_len: int = flag(1, "shortest output, in tokens, </s> included")
+    lenpen: float = flag(1.0, "length penalty: below 1 favours shorter, above 1 longer outputs")
+    unkpen: float = flag(0.0, "penalty of <unk>: above 0 gives fewer")
+    unnormalized: bool = flag(False, "compare hypotheses by their summed score, not by length-normalised ones")
+    match_source_len: bool = flag(False, "outputs exactly as long as the source")
+    no_repeat_ngram_size: int = flag(0, "no n-gram of this size twice in an output")
+    prefix_size: int = flag(0, "force the first N tokens to be the reference's")
+    sampling: bool = flag(False, "sample instead of searching")
+    sampling_topk: int = flag(-1, "sample among the K likeliest tokens")
+    sampling_topp: float = flag(-1.0, "sample among the likeliest tokens that together have this probability")
+    temperature: float = flag(1.0, "divide logits by this: above 1 flattens the distribution")
+    score_reference: bool = flag(False, "do not search: score the reference")
+    print_alignment: bool = flag(False, "print A- lines: source position of each output token, by attention")
+    replace_unk: str | None = flag(
+        None,
+        "replace <unk> by the source word it attends to, through this dictionary if a file is given",
+        metavar="FILE",
+    )
+
+
+@dataclass
+class OutputConfig:
+    """Text in and out of the model's tokens."""
+
+    post_process: str | None = flag(
+        None, "undo this subword segmentation in the output", "--remove-bpe", choices=POST_PROCESSORS
+    )
+    tokenizer: str | None = flag(None, "detokenise output (and tokenise raw input)", choices=("moses", "space"))
+    bpe: str | None = flag(None, "apply this segmentation to raw input", choices=("subword_nmt", "sentencepiece"))
+    bpe_codes: str | None = flag(None, "merges of --bpe subword_nmt", metavar="FILE")
+    sentencepiece_model: str | None = flag(None, "model of --bpe sentencepiece", metavar="FILE")
+    scoring: str = flag("bleu", "score: tokenised BLEU, sacrebleu, chrF", choices=("bleu", "sacrebleu", "chrf"))
+    quiet: bool = flag(False, "print the scores alone")
+
+
+@dataclass
+class ModelPathConfig:
+    """Which checkpoints to load."""
+
+    path: str = flag("", "checkpoint, or several for an ensemble: a.pt:b.pt", metavar="FILE[:FILE]")
+    model_overrides: dict[str, Any] | None = flag(None, "model settings to change, as JSON")
+
+
+@dataclass
+class GenerateDataConfig:
+    """Which part of the data-bin to translate, and where results go."""
+
+    gen_subset: str = flag("test", "subset to translate", metavar="SPLIT")
+    num_shards: int = flag(1, "split the subset in N parts")
+    shard_id: int = flag(0, "translate this part, from 0")
+    results_path: str | None = flag(None, "write generate-SPLIT.txt here instead of printing", metavar="DIR")
+
+
+@dataclass
+class InteractiveConfig:
+    """Where ``fairseq-interactive`` reads from."""
+
+    input: str = flag("-", "file of source sentences; - is standard input", metavar="FILE")
+    buffer_size: int = flag(0, "read N lines before translating them together (0 or 1: one by one)")
+
+
+@dataclass
+class PreprocessConfig:
+    """Text to data-bin."""
+
+    source_lang: str | None = flag(None, "source language", "-s", metavar="SRC")
+    target_lang: str | None = flag(None, "target language", "-t", metavar="TGT")
+    trainpref: str | None = flag(None, "prefix of the training files", metavar="PREFIX")
+    validpref: str | None = flag(None, "prefixes of validation files, comma-separated", metavar="PREFIX")
+    testpref: str | None = flag(None, "prefixes of test files, comma-separated", metavar="PREFIX")
+    destdir: str = flag("data-bin", "directory to write", metavar="DIR")
+    joined_dictionary: bool = flag(False, "one dictionary for both languages")
+    srcdict: str | None = flag(None, "use this source dictionary", metavar="FILE")
+    tgtdict: str | None = flag(None, "use this target dictionary", metavar="FILE")
+    thresholdsrc: int = flag(0, "source words seen fewer times become <unk>")
+    thresholdtgt: int = flag(0, "target words seen fewer times become <unk>")
+    nwordssrc: int = flag(-1, "keep the N most frequent source words (-1: all)")
+    nwordstgt: int = flag(-1, "keep the N most frequent target words (-1: all)")
+    only_source: bool = flag(False, "there is no target side")
+    padding_factor: int = flag(8, "dictionary sizes are multiples of this")
+    workers: int = flag(1, "processes")
+    dataset_impl: str = flag("mmap", "format of the data", choices=("mmap",))
+
+
+COMPONENTS: tuple[tuple[str, Registry[Any], str], ...] = (
+    ("criterion", CRITERIONS, "criterion"),
+    ("optimizer", OPTIMIZERS, "optimiser"),
+    ("lr_scheduler", LR_SCHEDULERS, "learning-rate schedule"),
+)
+
+TRAIN_SECTIONS: tuple[tuple[type, str], ...] = (
+    (DataConfig, "data and batches"),
+    (TrainDataConfig, "subsets and validation"),
+    (ComponentConfig, "model, criterion, optimiser"),
+    (OptimizationConfig, "optimisation"),
+    (CheckpointConfig, "checkpoints"),
+    (DistributedConfig, "several processes"),
+    (CommonConfig, "common"),
+    (TrainLogConfig, "logs and loss scaling"),
+)
+GENERATE_SECTIONS: tuple[tuple[type, str], ...] = (
+    (DataConfig, "data and batches"),
+    (ModelPathConfig, "model"),
+    (GenerateDataConfig, "subset"),
+    (GenerationConfig, "search"),
+    (OutputConfig, "text"),
+    (CommonConfig, "common"),
+)
+INTERACTIVE_SECTIONS: tuple[tuple[type, str], ...] = tuple(
+    (InteractiveConfig, "input") if config is GenerateDataConfig else (config, title)
+    for config, title in GENERATE_SECTIONS
+)
+VALIDATE_SECTIONS: tuple[tuple[type, str], ...] = (
+    (DataConfig, "data and batches"),
+    (ModelPathConfig, "model"),
+    (TrainDataConfig, "subsets and validation"),
+    (CommonConfig, "common"),
+)
+
+
+def make_parser(prog: str, description: str, sections: tuple[tuple[type, str], ...]) -> argparse.ArgumentParser:
+    """A parser with the flags of ``sections``; unknown and abbreviated flags are usage errors (exit 2)."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    for config, title in sections:
+        add_flags(parser, config, title)
+    return parser
+
+
+def parse_args(
+    prog: str, description: str, sections: tuple[tuple[type, str], ...], argv: list[str] | None
+) -> argparse.Namespace:
+    """Parse a command that has no interchangeable parts. Exits with status 2 on a usage error."""
+    _load_user_dir(argv)
+    return make_parser(prog, description, sections).parse_args(argv)
+
+
+def _load_user_dir(argv: list[str] | None) -> None:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--user-dir")
+    import_user_dir(first.parse_known_args(argv)[0].user_dir)
+
+
+def parse_train_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse ``fairseq-train``'s flags; the chosen architecture fills in what the user left open.
+
+    Only the flags of the chosen optimiser, schedule and criterion are accepted; ``--help`` lists all of them.
+    Exits with status 2 on a usage error; raises FairseqError when ``--user-dir`` fails.
+    """
+    from fairseq import criterions, optim  # noqa: F401  (they register themselves)
+    from fairseq.models.config import TransformerConfig, resolve_architecture
+
+    argv = sys.argv[1:] if argv is None else argv
+    _load_user_dir(argv)
+    description = "Train a translation model, or profile one with --init-type adaptive-profiling."
+    parser = make_parser("fairseq-train", description, TRAIN_SECTIONS)
+    taken = set(vars(parser.parse_known_args(["-"])[0]))
+    taken |= add_flags(parser, TransformerConfig, "architecture", suppress_defaults=True, skip=taken)
+    wants_help = any(a in ("-h", "--help") for a in argv)
+    # A value error must not be reported before the parser is complete, so the choice is read by a bare parser.
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    defaults = ComponentConfig()
+    for name, _, _ in COMPONENTS:
+        chooser.add_argument("--" + name.replace("_", "-"), default=getattr(defaults, name))
+    chosen = chooser.parse_known_args(argv)[0]
+    for name, registry, title in COMPONENTS:
+        for entry in registry.names() if wants_help else [getattr(chosen, name)]:
+            config = registry.config(entry) if entry in registry.names() else None
+            if config is not None:
+                taken |= add_flags(parser, config, f"{title} {entry}", skip=taken)
+    args = parser.parse_args(argv)
+    settings = resolve_architecture(args.arch, vars(args))
+    for key, value in settings.items():
+        setattr(args, key, value)
+    _check_contradictions(parser, args)
+    return args
+
+
+def _check_contradictions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.fp16 and args.bf16:
+        parser.error("--fp16 and --bf16 contradict each other; give one")
+    if args.max_tokens is None and args.batch_size is None:
+        parser.error("give --max-tokens or --batch-size")
+    for name in ("max_tokens", "batch_size", "required_batch_size_multiple", "log_interval"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if any(frequency < 1 for frequency in args.update_freq):
+        parser.error("--update-freq: must be at least 1")
+    if args.fp16 and args.cpu:
+        parser.error("--fp16 needs a GPU; on the CPU use --bf16 or float32")
+
+
+def section(config: type, args: argparse.Namespace) -> Any:
+    """The part of the flat namespace that belongs to dataclass ``config``, as an instance of it."""
+    return from_namespace(config, args)

@@ -1,0 +1,88 @@
+"""Names on the command line -> the code behind them. ``--user-dir`` adds to these tables; nothing else does."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from fairseq.errors import FairseqError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A table of named implementations of one kind, each with an optional dataclass of its own flags."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+        self._configs: dict[str, type | None] = {}
+
+    def register(self, name: str, config: type | None = None) -> Callable[[T], T]:
+        """Decorator that adds an implementation under ``name``; ``config`` is a dataclass of flags it takes."""
+
+        def decorate(entry: T) -> T:
+            self.add(name, entry, config)
+            return entry
+
+        return decorate
+
+    def add(self, name: str, entry: T, config: type | None = None) -> None:
+        """Add ``entry`` under ``name``. Raises FairseqError when the name is taken."""
+        if name in self._entries:
+            raise FairseqError(f"{self.kind} '{name}' is registered twice; choose another name")
+        self._entries[name] = entry
+        self._configs[name] = config
+
+    def get(self, name: str) -> T:
+        """The entry called ``name``. Raises FairseqError, listing the known names, when there is none."""
+        if name not in self._entries:
+            raise FairseqError(f"unknown {self.kind} '{name}' (choose from {', '.join(self.names())})")
+        return self._entries[name]
+
+    def config(self, name: str) -> type | None:
+        """The flags dataclass registered with ``name``."""
+        self.get(name)
+        return self._configs[name]
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._entries)
+
+
+ARCHITECTURES: Registry[dict[str, Any]] = Registry("architecture")  # name -> TransformerConfig fields it sets
+OPTIMIZERS: Registry[Callable[..., Any]] = Registry("optimizer")
+LR_SCHEDULERS: Registry[Callable[..., Any]] = Registry("learning-rate schedule")
+CRITERIONS: Registry[Callable[..., Any]] = Registry("criterion")
+RESIDUAL_RULES: Registry[Callable[..., Any]] = Registry("init type")
+
+
+def import_user_dir(path: str | None) -> None:
+    """Import the Python package at directory ``path`` (``--user-dir``) so that it can register its own parts.
+
+    This runs the code found there; it is the one place where the command line loads code.
+    Raises FairseqError when the directory is missing, has no ``__init__.py`` or fails to import.
+    """
+    if path is None:
+        return
+    directory = Path(path).resolve()
+    init = directory / "__init__.py"
+    name = f"fairseq_user_dir_{directory.name}"
+    if name in sys.modules:
+        return
+    if not init.is_file():
+        raise FairseqError(f"--user-dir {path}: no package there; make a directory with an __init__.py")
+    spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(directory)])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except FairseqError:
+        raise
+    except Exception as error:
+        del sys.modules[name]
+        raise FairseqError(f"--user-dir {path}: {type(error).__name__} on import: {error}") from error

@@ -1,0 +1,167 @@
+"""Dataclass fields as command-line flags: one declaration gives the flag, its type, its default and its help."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+
+
+def flag(
+    default: Any,
+    help: str,
+    *aliases: str,
+    choices: Sequence[str] | Callable[[], Sequence[str]] | None = None,
+    metavar: str | None = None,
+    positional: bool = False,
+) -> Any:
+    """A dataclass field that is also a command-line flag: field ``max_tokens`` becomes ``--max-tokens``.
+
+    aliases: other spellings, such as ``-s`` or an older ``--max-sentences``; they also name the field in old
+    checkpoints. choices: allowed values, or a function that lists them when the parser is built.
+    """
+    metadata = {
+        "help": help,
+        "aliases": aliases,
+        "choices": choices,
+        "metavar": metavar,
+        "positional": positional,
+    }
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+
+
+def _parse_tuple(text: str) -> tuple[Any, ...]:
+    try:
+        value = ast.literal_eval(text)
+        if not isinstance(value, (tuple, list)):
+            raise ValueError
+        return tuple(float(item) if item is not None else None for item in value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a tuple of numbers such as '(0.9, 0.98)'") from None
+
+
+def _parse_list(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        try:
+            return [item(part) for part in text.strip("[]").split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a list of {item.__name__}s such as 1,2") from None
+
+    return parse
+
+
+def _parse_dict(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object such as '{{\"beam\": 4}}'")
+    return value
+
+
+def _parser_of(annotation: Any) -> Callable[[str], Any]:
+    """The function that turns a flag's text into a value of the annotated type."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return _parser_of(next(a for a in arguments if a is not type(None)))
+    if origin is list:
+        return _parse_list(arguments[0])
+    if origin is tuple:
+        return _parse_tuple
+    if origin is dict or annotation is dict:
+        return _parse_dict
+    if annotation is bool:
+        return _parse_bool
+    return annotation
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default value of a flag."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    config: type,
+    title: str,
+    *,
+    suppress_defaults: bool = False,
+    skip: Iterable[str] = (),
+) -> set[str]:
+    """Add every flag of dataclass ``config`` to ``parser`` as a group called ``title``.
+
+    suppress_defaults: leave out of the namespace what the user did not give (an architecture fills it in).
+    skip: field names that the parser already has. Returns the names added.
+    """
+    group = parser.add_argument_group(title)
+    hints = typing.get_type_hints(config)
+    added = set()
+    for field in dataclasses.fields(config):
+        if field.name in skip or "help" not in field.metadata:
+            continue
+        added.add(field.name)
+        meta, default = field.metadata, default_of(field)
+        choices = meta["choices"]() if callable(meta["choices"]) else meta["choices"]
+        settings: dict[str, Any] = {
+            "help": meta["help"],
+            "default": argparse.SUPPRESS if suppress_defaults else default,
+        }
+        if not suppress_defaults and default not in (None, False, "", [], {}) and not meta["positional"]:
+            shown = ",".join(map(str, default)) if isinstance(default, list) else default
+            settings["help"] += f" (default: {shown})".replace("%", "%%")
+        if hints[field.name] is bool and default is False:
+            settings["action"] = "store_true"
+        else:
+            settings["type"] = _parser_of(hints[field.name])
+            settings["choices"] = choices
+            if choices is None:
+                settings["metavar"] = meta["metavar"] or _metavar(hints[field.name])
+            if hints[field.name] is bool:
+                settings |= {"nargs": "?", "const": True}
+        if meta["positional"]:
+            group.add_argument(field.name, **settings | {"metavar": meta["metavar"] or field.name.upper()})
+        else:
+            spelling = "--" + field.name.replace("_", "-")
+            group.add_argument(spelling, *meta["aliases"], dest=field.name, **settings)
+    return added
+
+
+def _metavar(annotation: Any) -> str:
+    names = {int: "N", float: "X", str: "STR", bool: "BOOL"}
+    return next((short for kind, short in names.items() if annotation in (kind, kind | None)), "VALUE")
+
+
+def from_namespace(config: type[C], namespace: argparse.Namespace | dict[str, Any], **fixed: Any) -> C:
+    """An instance of dataclass ``config`` with what ``namespace`` has of its fields (or of their aliases).
+
+    fixed: values that win over the namespace's.
+    """
+    given = namespace if isinstance(namespace, dict) else vars(namespace)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        names = [field.name, *(a.lstrip("-").replace("-", "_") for a in field.metadata.get("aliases", ()))]
+        for name in names:
+            if name in given and len(name) > 1:
+                values[field.name] = given[name]
+                break
+    return config(**(values | fixed))
