@@ -77,7 +77,6 @@ class DataConfig:
     source_lang: str | None = flag(None, "source language", "-s", metavar="SRC")
     target_lang: str | None = flag(None, "target language", "-t", metavar="TGT")
     left_pad_source: bool = flag(True, "pad the source on the left")
-    left_pad_target: bool = flag(False, "pad the target on the left")
     max_source_positions: int = flag(1024, "longest source sentence, in tokens")
     max_target_positions: int = flag(1024, "longest target sentence, in tokens")
     truncate_source: bool = flag(False, "cut longer source sentences to --max-source-positions")

@@ -1,0 +1,107 @@
+"""The omega profile: one number a residual sub-layer, and its text file.
+
+The file has one line a sub-layer, ``index value``: the encoder's in order, then the decoder's, whose index starts at 1
+again. ``#`` starts a comment line; ours name the model and the conditions of the profile.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fairseq.admin.residual import AdminResidual
+from fairseq.errors import FairseqError
+from fairseq.utils.io import atomic_write
+
+
+@dataclass
+class OmegaProfile:
+    """encoder, decoder: the scalar that fills each sub-layer's omega vector, in order. comments: lines without '#'."""
+
+    encoder: list[float]
+    decoder: list[float]
+    comments: list[str] = field(default_factory=list)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file atomically. Values read back bit for bit. Raises FairseqError when it cannot be written."""
+        with atomic_write(path) as handle:
+            for comment in self.comments:
+                handle.write(f"# {comment}\n")
+            for stack in (self.encoder, self.decoder):
+                for index, value in enumerate(stack, start=1):
+                    handle.write(f"{index} {value!r}\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> OmegaProfile:
+        """Read a file, ours or one published with the original code.
+
+        Raises FairseqError naming file and line when it is missing or malformed, an index is out of order, or a value
+        is not a positive finite number.
+        """
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise FairseqError(
+                f"omega file {path}: {error.strerror}; make it with --init-type adaptive-profiling"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise FairseqError(f"omega file {path}: not a text file") from error
+        comments: list[str] = []
+        stacks: list[list[float]] = []
+        for number, line in enumerate(lines, start=1):
+            if line.startswith("#"):
+                comments.append(line[1:].strip())
+            elif line.strip():
+                index, value = _parse_line(line, f"omega file {path}, line {number}")
+                if index == 1:
+                    stacks.append([])
+                if not stacks or index != len(stacks[-1]) + 1 or len(stacks) > 2:
+                    raise FairseqError(
+                        f"omega file {path}, line {number}: index {index} is out of order; the encoder's lines run "
+                        "from 1, then the decoder's from 1"
+                    )
+                stacks[-1].append(value)
+        if len(stacks) != 2:
+            raise FairseqError(f"omega file {path}: {len(stacks)} runs of indices, expected encoder and decoder")
+        return cls(stacks[0], stacks[1], comments)
+
+
+def _parse_line(line: str, where: str) -> tuple[int, float]:
+    fields = line.split()
+    try:
+        index, value = int(fields[0]), float(fields[1])
+        if len(fields) != 2:
+            raise ValueError
+    except (ValueError, IndexError):
+        raise FairseqError(f"{where}: '{line[:60]}' is not 'index value'") from None
+    if not (math.isfinite(value) and value > 0):
+        raise FairseqError(f"{where}: omega {value} is not a positive finite number")
+    return index, value
+
+
+def admin_residuals(stack: nn.Module) -> list[AdminResidual]:
+    """The Admin residuals of an encoder or decoder, in sub-layer order."""
+    return [module for module in stack.modules() if isinstance(module, AdminResidual)]
+
+
+def apply_profile(model: nn.Module, profile: OmegaProfile) -> None:
+    """Fill every omega vector of ``model`` (a Transformer of init type adaptive) with its profile value.
+
+    Raises FairseqError when the numbers of sub-layers differ; the model is then untouched.
+    """
+    stacks = [("encoder", model.encoder, profile.encoder), ("decoder", model.decoder, profile.decoder)]
+    for name, stack, values in stacks:
+        found = len(admin_residuals(stack))  # type: ignore[arg-type]
+        if found != len(values):
+            raise FairseqError(
+                f"the omega profile has {len(values)} {name} sub-layers and the model {found}; "
+                "profile this architecture with --init-type adaptive-profiling"
+            )
+    for _, stack, values in stacks:
+        for residual, value in zip(admin_residuals(stack), values, strict=True):  # type: ignore[arg-type]
+            with torch.no_grad():
+                residual.omega.fill_(value)

@@ -1,0 +1,82 @@
+"""Measuring omega: one forward pass, hooks on the residuals, nothing left behind in the model.
+
+``omega`` of a sub-layer is the standard deviation accumulated before it (Liu et al. 2020, section 4.2):
+
+    omega_1 = 1,    omega_{i+1}^2 = Var(omega_i * x_{i-1}) + Var(f_i(x_{i-1}))
+
+Var is the population variance over all elements of the tensor, padding included, dropout of the branch applied. Each
+omega takes effect before the next sub-layer is measured, since it changes what that sub-layer sees.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.admin.omega import OmegaProfile, admin_residuals
+from fairseq.admin.residual import AdminResidual
+from fairseq.errors import FairseqError
+
+
+class _StackProfiler:
+    """Hooks on one stack; ``omegas`` and ``variances`` fill up while a forward pass runs through it."""
+
+    def __init__(self, residuals: list[AdminResidual]) -> None:
+        self.omegas: list[float] = []
+        self.variances: list[tuple[float, float]] = []
+        self._next_omega = 1.0
+        self._shortcut_variance = 0.0
+        self._handles = []
+        for residual in residuals:
+            self._handles.append(residual.register_forward_pre_hook(self._before))
+            self._handles.append(residual.dropout.register_forward_hook(self._after_branch))
+
+    def _before(self, residual: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(residual, AdminResidual)
+        residual.omega.fill_(self._next_omega)
+        self.omegas.append(self._next_omega)
+        self._shortcut_variance = _variance(residual.omega * inputs[0])
+
+    def _after_branch(self, module: nn.Module, inputs: tuple[Any, ...], branch: Tensor) -> None:
+        variance = _variance(branch)
+        self.variances.append((self._shortcut_variance, variance))
+        self._next_omega = math.sqrt(self._shortcut_variance + variance)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _variance(x: Tensor) -> float:
+    return torch.var(x.float(), correction=0).item()
+
+
+@torch.no_grad()
+def profile(model: nn.Module, batch: dict[str, Tensor], deterministic: bool = False) -> OmegaProfile:
+    """Run ``batch`` through ``model`` (init type adaptive or adaptive-profiling) and return every sub-layer's omega.
+
+    batch: src_tokens (batch, src_len), src_lengths (batch,), prev_output_tokens (batch, tgt_len). Training mode,
+    dropout on, unless ``deterministic``; float32 whatever autocast says. Parameters and mode are left as they were; the
+    random number generator is not. Raises FairseqError for a model without omega.
+    """
+    stacks: list[list[AdminResidual]] = [admin_residuals(model.encoder), admin_residuals(model.decoder)]  # type: ignore[arg-type]
+    if not all(stacks):
+        raise FairseqError("this model has no omega to profile; build it with --init-type adaptive-profiling")
+    saved = [residual.omega.clone() for stack in stacks for residual in stack]
+    was_training = model.training
+    profilers = [_StackProfiler(stack) for stack in stacks]
+    device_type = next(model.parameters()).device.type
+    try:
+        model.train(not deterministic)
+        with torch.autocast(device_type, enabled=False):
+            model(batch["src_tokens"], batch["src_lengths"], batch["prev_output_tokens"])
+    finally:
+        for profiler in profilers:
+            profiler.remove()
+        for residual, omega in zip((r for stack in stacks for r in stack), saved, strict=True):
+            residual.omega.copy_(omega)
+        model.train(was_training)
+    return OmegaProfile(profilers[0].omegas, profilers[1].omegas)

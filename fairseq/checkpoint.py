@@ -1,0 +1,134 @@
+"""Checkpoints of fairseq 0.8 to 0.12, of the original Admin code and ours -> models.
+
+The file is a dict with ``args`` (a Namespace) or ``cfg`` (nested dicts), ``model`` (parameters), and what training
+needs to resume. A checkpoint is complete: omega is among the parameters, so loading needs no omega file.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq.errors import FairseqError
+from fairseq.models.config import TransformerConfig
+from fairseq.models.state_dict import from_fairseq
+from fairseq.models.transformer import Transformer
+from fairseq.utils import safe_pickle
+from fairseq.utils.flags import from_namespace
+
+PROFILE_TYPES = ("adaptive-profiling", "adaptive")
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The checkpoint's dict, tensors on the CPU, ``args`` as a flat dict of settings, whatever fairseq wrote it.
+
+    Nothing pickled in the file is executed. Raises FairseqError when it is damaged or no fairseq checkpoint.
+    """
+    state = safe_pickle.load(path)
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise FairseqError(f"checkpoint {path}: not a fairseq checkpoint (no parameters under 'model')")
+    for name, tensor in state["model"].items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise FairseqError(f"checkpoint {path}: 'model' holds something that is no named tensor")
+    return state | {"args": _settings(state, path)}
+
+
+def _settings(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    args = state.get("args")
+    if isinstance(args, Namespace):
+        return {key: safe_pickle.plain(value) for key, value in vars(args).items()}
+    cfg = safe_pickle.plain(state.get("cfg"))
+    if not isinstance(cfg, dict):
+        raise FairseqError(f"checkpoint {path}: no settings ('args' or 'cfg') in it")
+    flat: dict[str, Any] = {}
+    for group, values in cfg.items():
+        if isinstance(values, Namespace):
+            values = vars(values)
+        if isinstance(values, dict):
+            component = values.get("_name")
+            if isinstance(component, str):
+                flat[group] = component
+            flat |= {key: value for key, value in values.items() if key != "_name"}
+    model = cfg.get("model")
+    model = vars(model) if isinstance(model, Namespace) else model or {}
+    # fairseq's model group wins: other groups repeat some of its names with values of their own
+    return flat | {key: value for key, value in model.items() if key != "_name"}
+
+
+def model_config(args: dict[str, Any], parameters: dict[str, Tensor]) -> TransformerConfig:
+    """The Transformer's settings as a checkpoint gives them. args: flat settings; parameters: with our names."""
+    cfg = from_namespace(TransformerConfig, {k: v for k, v in args.items() if v is not None})
+    if args.get("adaptive_softmax_cutoff"):
+        raise FairseqError("the checkpoint uses adaptive softmax, which is not supported")
+    has_omega = any(name.endswith("_residual.omega") for name in parameters)
+    if has_omega:
+        cfg.init_type = "adaptive"
+    elif cfg.init_type in PROFILE_TYPES:
+        cfg.init_type = "default"
+    return cfg
+
+
+def build_from_checkpoint(
+    state: dict[str, Any], path: str | Path, overrides: dict[str, Any] | None = None
+) -> Transformer:
+    """A model with the parameters of ``load_checkpoint(path)``'s result, in float32 on the CPU, in eval mode."""
+    parameters = {name: tensor.float() for name, tensor in from_fairseq(state["model"]).items()}
+    try:
+        cfg = model_config(state["args"] | (overrides or {}), parameters)
+        src_vocab = parameters["encoder.embed_tokens.weight"].size(0)
+        tgt_vocab = parameters["decoder.embed_tokens.weight"].size(0)
+        model = Transformer(cfg, src_vocab, tgt_vocab)
+    except KeyError as error:
+        raise FairseqError(f"checkpoint {path}: no parameter {error}; is it a Transformer for translation?") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise FairseqError(f"checkpoint {path}: its settings make no Transformer: {error}") from error
+    load_parameters(model, parameters, path)
+    return model.eval()
+
+
+def load_parameters(model: Transformer, parameters: dict[str, Tensor], path: str | Path) -> None:
+    """Fill ``model`` with ``parameters`` (our names). Raises FairseqError naming what does not fit."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys())
+    if missing or extra:
+        parts = [f"lacks {missing[0]} and {len(missing) - 1} more"] * bool(missing)
+        parts += [f"has {extra[0]} and {len(extra) - 1} more that the model has not"] * bool(extra)
+        raise FairseqError(f"checkpoint {path} does not fit the model: it {'; it '.join(parts)}")
+    for name, tensor in own.items():
+        if tensor.shape != parameters[name].shape:
+            raise FairseqError(
+                f"checkpoint {path} does not fit the model: {name} is {tuple(parameters[name].shape)} in the file "
+                f"and {tuple(tensor.shape)} in the model"
+            )
+    model.load_state_dict(parameters)
+
+
+def load_model(path: str | Path, data_dir: str | Path | None = None, device: str | torch.device = "cpu") -> Transformer:
+    """Any supported checkpoint as a model in eval mode on ``device``; dictionary sizes are read from it.
+
+    data_dir: a data-bin whose dictionaries must be of those sizes. Raises FairseqError when it does not fit or the file
+    is damaged.
+    """
+    state = load_checkpoint(path)
+    model = build_from_checkpoint(state, path)
+    if data_dir is not None:
+        check_dictionaries(model, state["args"], path, data_dir)
+    return model.to(device)
+
+
+def check_dictionaries(model: Transformer, args: dict[str, Any], path: str | Path, data_dir: str | Path) -> None:
+    """Raise FairseqError unless the data-bin's dictionaries are as large as the model's embeddings."""
+    from fairseq.data.dictionary import Dictionary
+
+    for side, embedding in (("source", model.encoder.embed_tokens), ("target", model.decoder.embed_tokens)):
+        language = args.get(f"{side}_lang")
+        file = Path(data_dir) / f"dict.{language}.txt"
+        if language and file.is_file() and len(Dictionary.load(file)) != embedding.num_embeddings:
+            raise FairseqError(
+                f"checkpoint {path} was trained with a {side} dictionary of {embedding.num_embeddings} entries, but "
+                f"{file} has {len(Dictionary.load(file))}; use the data-bin it was trained on"
+            )

@@ -1,0 +1,277 @@
+"""The encoder-decoder Transformer.
+
+One forward pass for training, and ``DecoderCache`` with ``TransformerDecoder.step`` for decoding one token at a time.
+The encoder's projected keys and values are kept once a sentence: its hypotheses attend to them as if they were
+successive positions of one query.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.admin.residual import ResidualSite
+from fairseq.errors import FairseqError
+from fairseq.models.config import TransformerConfig
+from fairseq.modules.attention import MultiheadAttention
+from fairseq.modules.feed_forward import FeedForward
+from fairseq.modules.positional_embedding import PositionalEmbedding
+from fairseq.modules.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
+from fairseq.registry import RESIDUAL_RULES
+
+PADDING_IDX = 1
+
+
+class EncoderOut(NamedTuple):
+    """x: (batch, src_len, dim); mask: bool (batch, 1, 1, src_len), True on real tokens, None when all are."""
+
+    x: Tensor
+    mask: Tensor | None
+
+
+def build_embedding(num_embeddings: int, embed_dim: int) -> nn.Embedding:
+    """Token embeddings N(0, 1/dim), padding row 0."""
+    embedding = nn.Embedding(num_embeddings, embed_dim, padding_idx=PADDING_IDX)
+    nn.init.normal_(embedding.weight, mean=0, std=embed_dim**-0.5)
+    nn.init.zeros_(embedding.weight[PADDING_IDX])
+    return embedding
+
+
+def _build_residuals(cfg: TransformerConfig, stack: str, layer: int, count: int) -> list[nn.Module]:
+    """The residual rules of one layer's ``count`` sub-layers, in order."""
+    rule = RESIDUAL_RULES.get(cfg.init_type)
+    encoder = stack == "encoder"
+    residuals: list[nn.Module] = []
+    for _ in range(count):
+        site = ResidualSite(
+            dim=cfg.encoder_embed_dim if encoder else _int(cfg.decoder_embed_dim),
+            dropout=cfg.dropout,
+            normalize_before=cfg.encoder_normalize_before if encoder else cfg.decoder_normalize_before,
+            stack=stack,
+            layer=layer,
+            encoder_layers=cfg.encoder_layers,
+            decoder_layers=cfg.decoder_layers,
+            siblings=list(residuals),
+        )
+        residuals.append(rule(site))
+    return residuals
+
+
+def _int(value: int | None) -> int:
+    assert value is not None  # TransformerConfig fills it in
+    return value
+
+
+class _Stack(nn.Module):
+    """What encoder and decoder have in common: embeddings before the layers and, for some rules, a LayerNorm after."""
+
+    layers: nn.ModuleList
+
+    def __init__(self, cfg: TransformerConfig, embed_tokens: nn.Embedding, max_positions: int, learned: bool) -> None:
+        super().__init__()
+        dim = embed_tokens.embedding_dim
+        self.embed_tokens = embed_tokens
+        self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(dim)
+        self.embed_positions = (
+            None
+            if cfg.no_token_positional_embeddings
+            else PositionalEmbedding(max_positions, dim, PADDING_IDX, learned)
+        )
+        self.layernorm_embedding = nn.LayerNorm(dim) if cfg.layernorm_embedding else None
+        self.embed_dropout = nn.Dropout(cfg.dropout)
+
+    def _finish(self) -> None:
+        """Call when ``layers`` is there."""
+        rule = cast("TransformerEncoderLayer | TransformerDecoderLayer", self.layers[-1]).ffn_residual
+        self.layer_norm = nn.LayerNorm(self.embed_tokens.embedding_dim) if rule.needs_final_norm else None
+
+    def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """tokens: (batch, time); positions: broadcastable to (batch, time, dim) -> (batch, time, dim)."""
+        x = self.embed_scale * self.embed_tokens(tokens)
+        if positions is not None:
+            x = x + positions
+        if self.layernorm_embedding is not None:
+            x = self.layernorm_embedding(x)
+        return self.embed_dropout(x)
+
+    def _positions(self, tokens: Tensor) -> Tensor | None:
+        return None if self.embed_positions is None else self.embed_positions(tokens)
+
+
+class TransformerEncoder(_Stack):
+    """Embeddings and ``encoder_layers`` layers."""
+
+    def __init__(self, cfg: TransformerConfig, embed_tokens: nn.Embedding) -> None:
+        super().__init__(cfg, embed_tokens, cfg.max_source_positions, cfg.encoder_learned_pos)
+        dim, heads = cfg.encoder_embed_dim, cfg.encoder_attention_heads
+        self.layers = nn.ModuleList()
+        for i in range(cfg.encoder_layers):
+            self_attn_residual, ffn_residual = _build_residuals(cfg, "encoder", i, 2)
+            self.layers.append(
+                TransformerEncoderLayer(
+                    MultiheadAttention(dim, heads, cfg.attention_dropout),
+                    self_attn_residual,
+                    FeedForward(dim, cfg.encoder_ffn_embed_dim, cfg.activation_fn, cfg.activation_dropout),
+                    ffn_residual,
+                )
+            )
+        self._finish()
+
+    def forward(self, src_tokens: Tensor) -> EncoderOut:
+        """src_tokens: (batch, src_len)."""
+        keep = src_tokens.ne(PADDING_IDX)
+        x = self.embed(src_tokens, self._positions(src_tokens)) * keep[:, :, None]
+        mask = keep[:, None, None, :]
+        for layer in self.layers:
+            x = layer(x, mask)
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        return EncoderOut(x, mask)
+
+
+class DecoderCache:
+    """Keys and values of a decoding batch of ``sentences`` x ``beam`` hypotheses, hypotheses of a sentence adjacent.
+
+    self_kv: one (2, rows, heads, max_len, head_dim) tensor a layer, filled up to ``length``.
+    encoder_kv: keys and values of the encoder's output, (sentences, heads, src_len, head_dim) each, a layer.
+    """
+
+    def __init__(self, encoder_kv: list[tuple[Tensor, Tensor]], encoder_mask: Tensor | None, beam: int, max_len: int):
+        self.encoder_kv = encoder_kv
+        self.encoder_mask = encoder_mask
+        self.beam = beam
+        self.length = 0
+        self.self_kv: list[Tensor] = []
+        for key, _ in encoder_kv:
+            sentences, heads, _, head_dim = key.shape
+            self.self_kv.append(key.new_empty(2, sentences * beam, heads, max_len, head_dim))
+
+    def reorder(self, rows: Tensor) -> None:
+        """Make row i continue what row ``rows[i]`` was; rows of one sentence stay within it. rows: int64 (rows,)."""
+        for i, kv in enumerate(self.self_kv):
+            filled = kv[:, :, :, : self.length]
+            self.self_kv[i][:, :, :, : self.length] = filled.index_select(1, rows)
+
+    def keep_sentences(self, keep: Tensor) -> None:
+        """Drop all sentences but those with index in ``keep``. keep: int64 (kept,)."""
+        rows = (keep[:, None] * self.beam + torch.arange(self.beam, device=keep.device)).flatten()
+        self.self_kv = [kv.index_select(1, rows) for kv in self.self_kv]
+        self.encoder_kv = [(k.index_select(0, keep), v.index_select(0, keep)) for k, v in self.encoder_kv]
+        if self.encoder_mask is not None:
+            self.encoder_mask = self.encoder_mask.index_select(0, keep)
+
+
+class TransformerDecoder(_Stack):
+    """Embeddings, ``decoder_layers`` layers and the projection to the vocabulary."""
+
+    def __init__(self, cfg: TransformerConfig, embed_tokens: nn.Embedding) -> None:
+        super().__init__(cfg, embed_tokens, cfg.max_target_positions, cfg.decoder_learned_pos)
+        dim, heads = _int(cfg.decoder_embed_dim), cfg.decoder_attention_heads
+        ffn_dim = _int(cfg.decoder_ffn_embed_dim)
+        self.layers = nn.ModuleList()
+        for i in range(cfg.decoder_layers):
+            self_attn_residual, encoder_attn_residual, ffn_residual = _build_residuals(cfg, "decoder", i, 3)
+            self.layers.append(
+                TransformerDecoderLayer(
+                    MultiheadAttention(dim, heads, cfg.attention_dropout),
+                    self_attn_residual,
+                    MultiheadAttention(dim, heads, cfg.attention_dropout, kdim=cfg.encoder_embed_dim),
+                    encoder_attn_residual,
+                    FeedForward(dim, ffn_dim, cfg.activation_fn, cfg.activation_dropout),
+                    ffn_residual,
+                )
+            )
+        self._finish()
+        self.output_projection = nn.Linear(dim, embed_tokens.num_embeddings, bias=False)
+        if cfg.share_all_embeddings or cfg.share_decoder_input_output_embed:
+            self.output_projection.weight = embed_tokens.weight
+        else:
+            nn.init.normal_(self.output_projection.weight, mean=0, std=dim**-0.5)
+
+    def forward(self, prev_output_tokens: Tensor, encoder_out: EncoderOut) -> Tensor:
+        """prev_output_tokens: (batch, tgt_len), padded on the right -> features (batch, tgt_len, dim)."""
+        x = self.embed(prev_output_tokens, self._positions(prev_output_tokens))
+        length = prev_output_tokens.size(1)
+        causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        # Real positions never see the padding to their right; it is masked for the padding's own sake, whose outputs
+        # count in the variances that Admin measures.
+        mask = causal & prev_output_tokens.ne(PADDING_IDX)[:, None, None, :]
+        for layer in self.layers:
+            x = layer(x, mask, encoder_out.x, encoder_out.mask)
+        return x if self.layer_norm is None else self.layer_norm(x)
+
+    def _layers(self) -> list[TransformerDecoderLayer]:
+        return cast("list[TransformerDecoderLayer]", list(self.layers))
+
+    def new_cache(self, encoder_out: EncoderOut, beam: int, max_len: int) -> DecoderCache:
+        """A cache for ``max_len`` decoding steps of ``beam`` hypotheses a sentence of ``encoder_out``."""
+        encoder_kv = [layer.encoder_attn.project_kv(encoder_out.x) for layer in self._layers()]
+        return DecoderCache(encoder_kv, encoder_out.mask, beam, max_len)
+
+    def step(self, tokens: Tensor, cache: DecoderCache, need_attn: bool = False) -> tuple[Tensor, Tensor | None]:
+        """One more token of every hypothesis.
+
+        tokens: (rows,), the last tokens; rows = sentences x beam. Returns logits (rows, vocab) and, with
+        ``need_attn``, the last layer's attention over the source averaged over heads, (rows, src_len).
+        """
+        step = cache.length
+        cache.length = step + 1
+        positions = None if self.embed_positions is None else self.embed_positions.at(step)
+        x = self.embed(tokens[:, None], positions)
+        attn: list[Tensor] = []
+        for i, layer in enumerate(self._layers()):
+            wanted = attn if need_attn and i == len(self.layers) - 1 else None
+            x = layer.step(x, step, cache.self_kv[i], cache.encoder_kv[i], cache.encoder_mask, wanted)
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        return self.output_projection(x).squeeze(1), attn[0] if attn else None
+
+
+class Transformer(nn.Module):
+    """``model(src_tokens, src_lengths, prev_output_tokens) -> (logits, extra)``."""
+
+    def __init__(self, cfg: TransformerConfig, src_vocab: int, tgt_vocab: int) -> None:
+        """src_vocab, tgt_vocab: dictionary sizes. Raises FairseqError for settings that contradict each other."""
+        super().__init__()
+        _check(cfg, src_vocab, tgt_vocab)
+        self.cfg = cfg
+        encoder_embedding = build_embedding(src_vocab, cfg.encoder_embed_dim)
+        decoder_embedding = (
+            encoder_embedding if cfg.share_all_embeddings else build_embedding(tgt_vocab, _int(cfg.decoder_embed_dim))
+        )
+        self.encoder = TransformerEncoder(cfg, encoder_embedding)
+        self.decoder = TransformerDecoder(cfg, decoder_embedding)
+
+    def forward(
+        self, src_tokens: Tensor, src_lengths: Tensor | None, prev_output_tokens: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """src_tokens: (batch, src_len); src_lengths: (batch,), unused, the padding says it; prev_output_tokens:
+        (batch, tgt_len), the target shifted right. Returns logits (batch, tgt_len, vocab) and
+        ``{"encoder_out": EncoderOut, "features": (batch, tgt_len, dim)}``.
+        """
+        encoder_out = self.encoder(src_tokens)
+        features = self.decoder(prev_output_tokens, encoder_out)
+        return self.decoder.output_projection(features), {"encoder_out": encoder_out, "features": features}
+
+
+def _check(cfg: TransformerConfig, src_vocab: int, tgt_vocab: int) -> None:
+    for stack, dim, heads in (
+        ("encoder", cfg.encoder_embed_dim, cfg.encoder_attention_heads),
+        ("decoder", _int(cfg.decoder_embed_dim), cfg.decoder_attention_heads),
+    ):
+        if dim % heads:
+            raise FairseqError(f"--{stack}-embed-dim {dim} is no multiple of --{stack}-attention-heads {heads}")
+    for stack, layers in (("encoder", cfg.encoder_layers), ("decoder", cfg.decoder_layers)):
+        if layers < 1:
+            raise FairseqError(f"--{stack}-layers {layers}: must be at least 1")
+    if cfg.share_all_embeddings:
+        if src_vocab != tgt_vocab:
+            raise FairseqError(
+                f"--share-all-embeddings needs one dictionary, but source has {src_vocab} and target {tgt_vocab} "
+                "entries; preprocess with --joined-dictionary"
+            )
+        if cfg.encoder_embed_dim != cfg.decoder_embed_dim:
+            raise FairseqError("--share-all-embeddings needs --encoder-embed-dim equal to --decoder-embed-dim")
