@@ -3,7 +3,7 @@
 ``residual`` holds the rule and its relatives, ``profiling`` measures the branch variances, ``omega`` is the file.
 """
 
-from fairseq.admin.omega import OmegaProfile, apply_profile
+from fairseq.admin.omega import OmegaProfile, apply_profile, check_comments, describe
 from fairseq.admin.profiling import profile
 
-__all__ = ["OmegaProfile", "apply_profile", "profile"]
+__all__ = ["OmegaProfile", "apply_profile", "check_comments", "describe", "profile"]

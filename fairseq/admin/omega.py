@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -105,3 +106,31 @@ def apply_profile(model: nn.Module, profile: OmegaProfile) -> None:
         for residual, value in zip(admin_residuals(stack), values, strict=True):  # type: ignore[arg-type]
             with torch.no_grad():
                 residual.omega.fill_(value)
+
+
+_SHAPE = ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")  # what a profile's comments must agree on
+
+
+def describe(cfg: Any, conditions: str) -> list[str]:
+    """Comment lines naming the model (a TransformerConfig) and the conditions of a profile."""
+    names = [f"{stack}_{name}" for stack in ("encoder", "decoder") for name in _SHAPE]
+    names += ["dropout", "attention_dropout", "activation_dropout"]
+    return ["model: " + " ".join(f"{name}={getattr(cfg, name)}" for name in names), f"profiled with: {conditions}"]
+
+
+def check_comments(profile: OmegaProfile, cfg: Any, path: str | Path) -> None:
+    """Raise FairseqError when the comments of a profile name another model than ``cfg`` (a TransformerConfig).
+
+    Profiles without comments pass; ``apply_profile`` still compares the numbers of sub-layers.
+    """
+    for comment in profile.comments:
+        if not comment.startswith("model:"):
+            continue
+        for setting in comment.removeprefix("model:").split():
+            name, _, value = setting.partition("=")
+            own = getattr(cfg, name, None)
+            if name.endswith(_SHAPE) and own is not None and value != str(own):
+                raise FairseqError(
+                    f"omega file {path} was profiled with {name}={value}, this model has {own}; "
+                    "profile it with --init-type adaptive-profiling or name another --omega-file"
+                )

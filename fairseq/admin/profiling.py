@@ -11,6 +11,7 @@ omega takes effect before the next sub-layer is measured, since it changes what 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def _variance(x: Tensor) -> float:
 
 
 @torch.no_grad()
-def profile(model: nn.Module, batch: dict[str, Tensor], deterministic: bool = False) -> OmegaProfile:
+def profile(model: nn.Module, batch: Mapping[str, Any], deterministic: bool = False) -> OmegaProfile:
     """Run ``batch`` through ``model`` (init type adaptive or adaptive-profiling) and return every sub-layer's omega.
 
     batch: src_tokens (batch, src_len), src_lengths (batch,), prev_output_tokens (batch, tgt_len). Training mode,

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 from fairseq.errors import FairseqError
 
@@ -16,8 +17,11 @@ EXIT_INTERRUPTED = 130  # Ctrl-C, as a shell reports it
 Main = Callable[["list[str] | None"], None]
 
 
-def command(main: Main) -> Main:
-    """Turn the errors a user can cause into one line on standard error and an exit status, without a traceback."""
+def command(main: Main, logs: TextIO | None = None) -> Main:
+    """Turn the errors a user can cause into one line on standard error and an exit status, without a traceback.
+
+    logs: stream of the log lines; standard error if None.
+    """
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:
@@ -25,7 +29,7 @@ def command(main: Main) -> Main:
             level=os.environ.get("LOGLEVEL", "INFO").upper(),
             format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
             datefmt="%Y-%m-%d %H:%M:%S",
-            stream=sys.stderr,
+            stream=logs or sys.stderr,
         )
         try:
             main(argv)

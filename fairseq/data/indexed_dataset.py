@@ -1,0 +1,154 @@
+"""fairseq's mmap format: a corpus of id sequences that is never loaded whole.
+
+``PREFIX.bin`` has the ids of all sentences back to back. ``PREFIX.idx``, little endian: magic, version (u64) 1, dtype
+code (u8), sentence count (u64), sizes in tokens (i32 each), offsets in bytes (i64 each).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import struct
+from array import array
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from fairseq.errors import FairseqError
+from fairseq.utils.io import atomic_write
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQ")  # magic, version, dtype code, sentence count
+DTYPES: dict[int, type[np.generic]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float32,
+    7: np.float64,
+    8: np.uint16,
+}
+UINT16_ENTRIES = 65_500  # a dictionary of fewer entries is stored in two bytes an id
+
+
+def dtype_for(entries: int) -> type[np.generic]:
+    """The id type of a corpus whose dictionary has ``entries`` entries."""
+    return np.uint16 if entries < UINT16_ENTRIES else np.int32
+
+
+def exists(prefix: str | os.PathLike[str]) -> bool:
+    """Whether there is a dataset at ``prefix``."""
+    return os.path.isfile(f"{prefix}.idx") and os.path.isfile(f"{prefix}.bin")
+
+
+def _map(path: str) -> memoryview:
+    """The bytes of a file, mapped. The mapping lives as long as the view."""
+    try:
+        with open(path, "rb") as handle:
+            if os.fstat(handle.fileno()).st_size == 0:
+                return memoryview(b"")
+            return memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise FairseqError(f"{path}: cannot read: {error.strerror or error}") from error
+
+
+class IndexedDataset:
+    """A memory-mapped corpus.
+
+    sizes: (sentences,) int32, tokens in each, ``</s>`` included. offsets: (sentences,) int64, where each starts in
+    ``tokens``. tokens: every id of the corpus, in the type it is stored in. All three are read-only views of the files.
+
+    Raises FairseqError when a file is missing, cut short or not in this format.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        self.prefix = os.fspath(prefix)
+        index_path, data_path = f"{self.prefix}.idx", f"{self.prefix}.bin"
+        index = _map(index_path)
+        if len(index) < HEADER.size:
+            raise FairseqError(f"{index_path}: cut short; make the data-bin again with fairseq-preprocess")
+        magic, version, code, count = HEADER.unpack(index[: HEADER.size])
+        if magic != MAGIC:
+            raise FairseqError(f"{index_path}: not fairseq's mmap format; make it with --dataset-impl mmap")
+        if version != VERSION or code not in DTYPES:
+            raise FairseqError(f"{index_path}: unknown format version {version} or dtype code {code}")
+        if len(index) != HEADER.size + 12 * count:
+            raise FairseqError(
+                f"{index_path}: {len(index)} bytes do not fit {count} sentences; make the data-bin again"
+            )
+        dtype = np.dtype(DTYPES[code])
+        data = _map(data_path)
+        self.sizes = np.frombuffer(index, "<i4", count, HEADER.size)
+        starts = np.frombuffer(index, "<i8", count, HEADER.size + 4 * count)
+        end = int(starts[-1]) + int(self.sizes[-1]) * dtype.itemsize if count else 0
+        if end > len(data):
+            raise FairseqError(f"{data_path}: cut short: {len(data)} bytes, {end} expected; make the data-bin again")
+        self.tokens = np.frombuffer(data, dtype.newbyteorder("<"), len(data) // dtype.itemsize)
+        self._starts, self._itemsize = starts, dtype.itemsize
+
+    def offsets(self, indices: np.ndarray) -> np.ndarray:
+        """Where sentences ``indices`` start in ``tokens``, int64."""
+        return self._starts[indices] // self._itemsize
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The ids of one sentence, in the type they are stored in."""
+        start = int(self._starts[index]) // self._itemsize
+        return self.tokens[start : start + int(self.sizes[index])]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"prefix": self.prefix}  # a worker process maps the files itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["prefix"])  # type: ignore[misc]
+
+
+class IndexedDatasetWriter:
+    """Write a dataset sentence by sentence or in runs of sentences.
+
+    A context manager: both files appear when the block ends without an exception, neither when it fails.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: Any) -> None:
+        self.prefix = os.fspath(prefix)
+        self.dtype = np.dtype(dtype)
+        self._code = next(code for code, known in DTYPES.items() if np.dtype(known) == self.dtype)
+        self._sizes = array("i")
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> IndexedDatasetWriter:
+        self._data = self._stack.enter_context(atomic_write(f"{self.prefix}.bin", "wb"))
+        return self
+
+    def add(self, ids: Any) -> None:
+        """Append one sentence."""
+        values = np.asarray(ids)
+        self.add_many(values, np.array([len(values)]))
+
+    def add_many(self, ids: np.ndarray, sizes: np.ndarray) -> None:
+        """Append sentences of ``sizes`` tokens whose ids stand back to back in ``ids``."""
+        self._data.write(np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")).data)
+        self._sizes.frombytes(np.ascontiguousarray(sizes, dtype=np.int32).tobytes())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._stack.push(self._write_index)  # runs first, and its failure keeps the ids from appearing too
+        self._stack.__exit__(kind, error, trace)
+
+    def _write_index(self, *exception: object) -> None:
+        sizes = np.frombuffer(self._sizes, np.int32)
+        starts = np.zeros(len(sizes), np.int64)
+        np.cumsum(sizes[:-1], out=starts[1:], dtype=np.int64)
+        starts *= self.dtype.itemsize
+        with atomic_write(f"{self.prefix}.idx", "wb") as handle:
+            handle.write(HEADER.pack(MAGIC, VERSION, self._code, len(sizes)))
+            handle.write(sizes.astype("<i4", copy=False).data)
+            handle.write(starts.astype("<i8", copy=False).data)

@@ -1,0 +1,280 @@
+"""Sentence pairs: where a data-bin keeps them, and how some of them become one padded batch.
+
+Collating gathers all tokens of a batch from the memory-mapped corpus by one vectorised look-up; nothing here loops over
+sentences.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq.data import indexed_dataset
+from fairseq.data.dictionary import Dictionary
+from fairseq.data.indexed_dataset import IndexedDataset
+from fairseq.errors import FairseqError
+
+if TYPE_CHECKING:
+    from fairseq.options import DataConfig
+
+
+class NetInput(TypedDict):
+    """The arguments of the model, by name; all int64."""
+
+    src_tokens: Tensor  # (batch, src_len)
+    src_lengths: Tensor  # (batch,)
+    prev_output_tokens: Tensor  # (batch, tgt_len): </s>, then the target but for its last token; (batch, 1) without one
+
+
+class Batch(TypedDict):
+    """Some sentence pairs, padded."""
+
+    id: Tensor  # (batch,) int64, positions in the dataset
+    nsentences: int
+    ntokens: int  # target tokens without padding; source tokens where there is no target
+    net_input: NetInput
+    target: Tensor | None  # (batch, tgt_len) int64
+
+
+@dataclass
+class LanguagePairDataset:
+    """Source sentences with their translations (or without: ``tgt`` None).
+
+    max_source_length: cut longer sources to this many tokens, ``</s>`` included.
+    Raises FairseqError when the two sides differ in length, and from `collate` for an id that is in no dictionary.
+    """
+
+    src: IndexedDataset
+    tgt: IndexedDataset | None
+    src_dict: Dictionary
+    tgt_dict: Dictionary
+    left_pad_source: bool = True
+    left_pad_target: bool = False
+    max_source_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tgt is not None and len(self.src) != len(self.tgt):
+            raise FairseqError(
+                f"{self.src.prefix} has {len(self.src)} sentences and {self.tgt.prefix} {len(self.tgt)}; "
+                "make the data-bin again from parallel files"
+            )
+
+    def __len__(self) -> int:
+        return len(self.src)
+
+    @property
+    def src_sizes(self) -> np.ndarray:
+        """Tokens of each source sentence, ``</s>`` included: (sentences,) int32."""
+        sizes, longest = self.src.sizes, self.max_source_length
+        return sizes if longest is None else np.minimum(sizes, longest)
+
+    @property
+    def tgt_sizes(self) -> np.ndarray | None:
+        """Tokens of each target sentence, ``</s>`` included: (sentences,) int32."""
+        return None if self.tgt is None else self.tgt.sizes
+
+    def collate(self, indices: np.ndarray) -> Batch:
+        """The batch of sentences ``indices``, in that order."""
+        indices = np.asarray(indices, dtype=np.int64)
+        sizes = self.src.sizes[indices].astype(np.int64)
+        if self.max_source_length is not None:
+            sizes = np.minimum(sizes, self.max_source_length)
+        tokens = _gather(self.src, indices, sizes, self.src_dict)
+        if self.max_source_length is not None:
+            tokens[np.cumsum(sizes) - 1] = self.src_dict.eos()
+        source = _pad(tokens, sizes, self.src_dict.pad(), self.left_pad_source)
+        eos, pad = self.tgt_dict.eos(), self.tgt_dict.pad()
+        target, ntokens = None, int(sizes.sum())
+        prev_output_tokens = np.full((len(indices), 1), eos, np.int64)
+        if self.tgt is not None:
+            tgt_sizes = self.tgt.sizes[indices].astype(np.int64)
+            tokens = _gather(self.tgt, indices, tgt_sizes, self.tgt_dict)
+            target = _pad(tokens, tgt_sizes, pad, self.left_pad_target)
+            shifted = np.empty_like(tokens)
+            shifted[1:] = tokens[:-1]
+            shifted[np.cumsum(tgt_sizes) - tgt_sizes] = eos
+            prev_output_tokens = _pad(shifted, tgt_sizes, pad, self.left_pad_target)
+            ntokens = int(tgt_sizes.sum())
+        return {
+            "id": torch.from_numpy(indices),
+            "nsentences": len(indices),
+            "ntokens": ntokens,
+            "net_input": {
+                "src_tokens": torch.from_numpy(source),
+                "src_lengths": torch.from_numpy(sizes),
+                "prev_output_tokens": torch.from_numpy(prev_output_tokens),
+            },
+            "target": None if target is None else torch.from_numpy(target),
+        }
+
+
+def _positions_in_row(sizes: np.ndarray) -> np.ndarray:
+    """0 .. size-1 of every row, back to back."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def _gather(side: IndexedDataset, indices: np.ndarray, sizes: np.ndarray, dictionary: Dictionary) -> np.ndarray:
+    """The first ``sizes`` tokens of sentences ``indices`` back to back, int64."""
+    tokens = side.tokens[np.repeat(side.offsets(indices), sizes) + _positions_in_row(sizes)].astype(np.int64)
+    if len(tokens) and int(tokens.max()) >= len(dictionary):
+        raise FairseqError(
+            f"{side.prefix}.bin: token id {tokens.max()} is not in the dictionary ({len(dictionary)} entries); "
+            "use the dictionaries that this data-bin was made with"
+        )
+    return tokens
+
+
+def _pad(tokens: np.ndarray, sizes: np.ndarray, pad: int, left: bool) -> np.ndarray:
+    """Rows of ``sizes`` tokens as a (rows, longest) array."""
+    width = int(sizes.max()) if len(sizes) else 0
+    padded = np.full((len(sizes), width), pad, np.int64)
+    first = np.arange(len(sizes)) * width + (width - sizes if left else 0)
+    padded.reshape(-1)[np.repeat(first, sizes) + _positions_in_row(sizes)] = tokens
+    return padded
+
+
+def _language_pairs(data_dir: str | os.PathLike[str]) -> set[tuple[str, str]]:
+    """The (source, target) pairs that files ``SPLIT.SRC-TGT.LANG.idx`` of a data-bin are named after."""
+    pairs = set()
+    for path in Path(data_dir).glob("*.idx"):
+        match = re.fullmatch(r".+\.([^.]+)\.([^.]+)\.idx", path.name)
+        pair, language = match.groups() if match else ("", "")
+        if pair.startswith(f"{language}-"):
+            pairs.add((language, pair[len(language) + 1 :]))
+        elif pair.endswith(f"-{language}"):
+            pairs.add((pair[: -len(language) - 1], language))
+    return {pair for pair in pairs if pair[0] and pair[1] and pair[1] != "None"}
+
+
+def infer_languages(data_dir: str | os.PathLike[str]) -> tuple[str, str]:
+    """Source and target language of a data-bin, from its file names.
+
+    Raises FairseqError when the directory is missing or its files name no pair or more than one.
+    """
+    if not os.path.isdir(data_dir):
+        raise FairseqError(f"{data_dir}: no such data-bin; make it with fairseq-preprocess")
+    pairs = sorted(_language_pairs(data_dir))
+    if len(pairs) != 1:
+        found = (
+            "several language pairs: " + ", ".join("-".join(p) for p in pairs) if pairs else "no SPLIT.SRC-TGT.LANG.idx"
+        )
+        raise FairseqError(f"{data_dir} has {found}; give --source-lang and --target-lang")
+    return pairs[0]
+
+
+def load_dictionaries(data_dir: str | os.PathLike[str], src: str, tgt: str) -> tuple[Dictionary, Dictionary]:
+    """``dict.SRC.txt`` and ``dict.TGT.txt`` of a data-bin; one object when the two are equal."""
+    src_dict, tgt_dict = (Dictionary.load(os.path.join(data_dir, f"dict.{language}.txt")) for language in (src, tgt))
+    return src_dict, (src_dict if src_dict == tgt_dict else tgt_dict)
+
+
+def load_langpair_dataset(
+    data_dir: str | os.PathLike[str],
+    split: str,
+    src: str,
+    tgt: str,
+    src_dict: Dictionary,
+    tgt_dict: Dictionary,
+    *,
+    left_pad_source: bool = True,
+    left_pad_target: bool = False,
+    truncate_source: bool = False,
+    max_source_positions: int = 1024,
+) -> LanguagePairDataset:
+    """Open ``SPLIT.SRC-TGT.*`` of a data-bin; files named ``SPLIT.TGT-SRC.*`` serve as well, with the sides swapped.
+
+    The dataset has no target when only the source was binarised. Raises FairseqError when there is no such split.
+    """
+    pairs = (f"{src}-{tgt}", f"{tgt}-{src}", f"{src}-None")  # the last by --only-source without a target language
+    prefixes = [os.path.join(data_dir, f"{split}.{pair}") for pair in pairs]
+    prefix = next((p for p in prefixes if indexed_dataset.exists(f"{p}.{src}")), None)
+    if prefix is None:
+        raise FairseqError(f"{data_dir}: no split '{split}' for {src}-{tgt}; {_what_is_there(data_dir, src, tgt)}")
+    target = f"{prefix}.{tgt}"
+    return LanguagePairDataset(
+        IndexedDataset(f"{prefix}.{src}"),
+        IndexedDataset(target) if indexed_dataset.exists(target) else None,
+        src_dict,
+        tgt_dict,
+        left_pad_source=left_pad_source,
+        left_pad_target=left_pad_target,
+        max_source_length=max_source_positions if truncate_source else None,
+    )
+
+
+def _what_is_there(data_dir: str | os.PathLike[str], src: str, tgt: str) -> str:
+    if not os.path.isdir(data_dir):
+        return "there is no such directory"
+    pairs = _language_pairs(data_dir)
+    if not pairs & {(src, tgt), (tgt, src)}:
+        return f"its language pairs: {', '.join(sorted('-'.join(p) for p in pairs)) or 'none'}"
+    names = [path.name for path in Path(data_dir).glob("*.idx")]
+    ends = tuple(f".{pair}.{src}.idx" for pair in (f"{src}-{tgt}", f"{tgt}-{src}"))
+    splits = sorted(name[: -len(ends[0])] for name in names if name.endswith(ends))
+    return f"its splits: {', '.join(splits) or 'none'}"
+
+
+@dataclass
+class TranslationData:
+    """Everything that the data flags of a command name: languages, dictionaries and the splits behind them."""
+
+    config: DataConfig
+    source_lang: str
+    target_lang: str
+    src_dict: Dictionary
+    tgt_dict: Dictionary
+
+    @classmethod
+    def open(cls, config: DataConfig) -> TranslationData:
+        """Find languages and dictionaries in the first data-bin of ``config.data``.
+
+        Raises FairseqError when either is not there.
+        """
+        data_dir = config.data.split(":")[0]
+        src, tgt = config.source_lang, config.target_lang
+        if not src or not tgt:
+            found = infer_languages(data_dir)
+            src, tgt = _complete(src, tgt, found)
+        return cls(config, src, tgt, *load_dictionaries(data_dir, src, tgt))
+
+    def load(self, split: str, epoch: int = 1, *, need_target: bool = True) -> LanguagePairDataset:
+        """The dataset of ``split``: of data-bin a in epoch 1, b in epoch 2 and so on for ``a:b:c``.
+
+        Raises FairseqError when it is not there, or has no target while ``need_target``.
+        """
+        config = self.config
+        data_dirs = config.data.split(":")
+        dataset = load_langpair_dataset(
+            data_dirs[(epoch - 1) % len(data_dirs)],
+            split,
+            self.source_lang,
+            self.target_lang,
+            self.src_dict,
+            self.tgt_dict,
+            left_pad_source=config.left_pad_source,
+            truncate_source=config.truncate_source,
+            max_source_positions=config.max_source_positions,
+        )
+        if need_target and dataset.tgt is None:
+            raise FairseqError(
+                f"{dataset.src.prefix}: there is no {self.target_lang} side beside it; binarise both sides"
+            )
+        return dataset
+
+
+def _complete(src: str | None, tgt: str | None, found: tuple[str, str]) -> tuple[str, str]:
+    """The language that was not given, from the pair that was found, in either order."""
+    if not src and not tgt:
+        return found
+    given = src or tgt
+    if given not in found:
+        raise FairseqError(f"language '{given}' is not in this data-bin, which has {'-'.join(found)}")
+    other = found[1] if given == found[0] else found[0]
+    return (src, other) if src else (other, str(tgt))

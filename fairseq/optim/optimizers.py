@@ -1,0 +1,172 @@
+"""Optimisers: torch's own, held to fairseq's formulas.
+
+Adam and RAdam are one class: torch's fused AdamW, whose learning rate, epsilon and decay are set anew for each step so
+that the update comes out as fairseq computes it. One fused kernel does the work, on the CPU and on a GPU alike, and
+both keep AdamW's state (``step``, ``exp_avg``, ``exp_avg_sq``).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq.errors import FairseqError
+from fairseq.registry import OPTIMIZERS
+from fairseq.utils.flags import flag
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]]
+Factory = Callable[[Params, Any, float], torch.optim.Optimizer]
+WEIGHT_DECAY_HELP = "weight decay (decoupled from the gradient, except with sgd)"
+
+
+@dataclass
+class AdamConfig:
+    """Flags of adam and radam."""
+
+    adam_betas: tuple[float, float] = flag((0.9, 0.999), "decay rates of the gradient's first and second moment")
+    adam_eps: float = flag(1e-8, "added to the square root of the second moment")
+    weight_decay: float = flag(0.0, WEIGHT_DECAY_HELP, "--wd")
+
+
+@dataclass
+class SGDConfig:
+    """Flags of sgd."""
+
+    momentum: float = flag(0.0, "momentum")
+    weight_decay: float = flag(0.0, WEIGHT_DECAY_HELP, "--wd")
+
+
+@dataclass
+class AdafactorConfig:
+    """Flags of adafactor."""
+
+    adafactor_eps: tuple[float, float] = flag(
+        (1e-30, 1e-3), "smallest squared gradient, and smallest parameter scale that a step is relative to"
+    )
+    clip_threshold: float = flag(1.0, "largest root mean square of an update")
+    decay_rate: float = flag(-0.8, "the squared gradient's decay rate at update t is 1 - t^X")
+    weight_decay: float = flag(0.0, WEIGHT_DECAY_HELP, "--wd")
+
+
+class Adam(torch.optim.AdamW):
+    """fairseq's Adam, or with ``rectify`` its RAdam (Liu et al. 2020, "On the Variance of the Adaptive Learning Rate").
+
+    With lr, eps and decay d, at update t = 1, 2, ...::
+
+        p <- (1 - lr d) p - lr r_t sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
+
+    r_t is 1 for Adam. For RAdam it is the rectification of `rectification`; while that is undefined nothing moves, the
+    decay included. Unlike torch's, eps is not bias-corrected. Every parameter must take part in every step.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rectify: bool = False,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self._rectify = rectify
+        self._updates: int | None = 0  # None: to be read from the state; on a GPU that waits for the device
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; the number of updates done comes from the state."""
+        super().load_state_dict(state_dict)
+        self._updates = None
+
+    def step(self, closure: Any = None) -> Any:
+        """One update. closure: as torch's."""
+        if self._updates is None:
+            self._updates = max((int(state["step"]) for state in self.state.values()), default=0)
+        update = self._updates + 1
+        given = [(group["lr"], group["eps"], group["weight_decay"]) for group in self.param_groups]
+        try:
+            for group, (lr, eps, weight_decay) in zip(self.param_groups, given, strict=True):
+                beta2 = group["betas"][1]
+                factor = rectification(update, beta2) if self._rectify else 1.0
+                group["lr"] = lr * factor
+                group["weight_decay"] = weight_decay / factor if factor else 0.0  # AdamW multiplies it by lr
+                group["eps"] = eps / math.sqrt(1 - beta2**update)
+            result = super().step(closure)
+        finally:
+            for group, (lr, eps, weight_decay) in zip(self.param_groups, given, strict=True):
+                group.update(lr=lr, eps=eps, weight_decay=weight_decay)
+        self._updates = update
+        return result
+
+
+def rectification(update: int, beta2: float) -> float:
+    """RAdam's factor r_t at ``update`` (from 1); 0 while it is undefined (rho_t <= 5)."""
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * update * beta2**update / (1 - beta2**update)
+    if rho <= 5:
+        return 0.0
+    return math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+
+
+def _optimizer(name: str, config: type) -> Callable[[Factory], Factory]:
+    """Register a factory ``(params, config, lr) -> optimizer``; what torch rejects becomes a FairseqError."""
+
+    def decorate(build: Factory) -> Factory:
+        @OPTIMIZERS.register(name, config=config)
+        @functools.wraps(build)
+        def checked(params: Params, settings: Any, lr: float) -> torch.optim.Optimizer:
+            try:
+                return build(params, settings, lr)
+            except ValueError as error:
+                raise FairseqError(f"--optimizer {name}: {error}") from error
+
+        return checked
+
+    return decorate
+
+
+def _pair(name: str, values: tuple[float, ...]) -> tuple[float, float]:
+    if len(values) != 2 or None in values:
+        raise FairseqError(f"--{name} {values}: two numbers are needed, such as '(0.9, 0.98)'")
+    return values[0], values[1]
+
+
+@_optimizer("adam", AdamConfig)
+def adam(params: Params, config: AdamConfig, lr: float) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay, fairseq's formula."""
+    return Adam(params, lr, _pair("adam-betas", config.adam_betas), config.adam_eps, config.weight_decay)
+
+
+@_optimizer("radam", AdamConfig)
+def radam(params: Params, config: AdamConfig, lr: float) -> torch.optim.Optimizer:
+    """Rectified Adam with decoupled weight decay and no update while the rectification is undefined."""
+    betas = _pair("adam-betas", config.adam_betas)
+    if rectification(10**6, betas[1]) == 0:
+        raise FairseqError(f"--adam-betas {betas}: radam never updates with a second value of 2/3 or less")
+    return Adam(params, lr, betas, config.adam_eps, config.weight_decay, rectify=True)
+
+
+@_optimizer("sgd", SGDConfig)
+def sgd(params: Params, config: SGDConfig, lr: float) -> torch.optim.Optimizer:
+    """Stochastic gradient descent; weight decay is added to the gradient."""
+    return torch.optim.SGD(params, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
+
+
+@_optimizer("adafactor", AdafactorConfig)
+def adafactor(params: Params, config: AdafactorConfig, lr: float) -> torch.optim.Optimizer:
+    """torch's Adafactor: a step is min(lr, 1/sqrt(t)) relative to the parameter's scale; no first moment."""
+    eps1, eps2 = _pair("adafactor-eps", config.adafactor_eps)
+    return torch.optim.Adafactor(
+        params,
+        lr=lr,
+        beta2_decay=config.decay_rate,
+        eps=(math.sqrt(eps1), eps2),  # torch squares its first epsilon; 1e-30 squared would be 0, and 0/0 a NaN
+        d=config.clip_threshold,
+        weight_decay=config.weight_decay,
+    )

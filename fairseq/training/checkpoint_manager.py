@@ -1,0 +1,127 @@
+"""Which checkpoint files a training run writes, keeps and starts from. fairseq's names, each file written at once."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fairseq.checkpoint import load_checkpoint
+from fairseq.errors import FairseqError
+from fairseq.options import CheckpointConfig
+from fairseq.utils.io import atomic_copy, atomic_write
+
+logger = logging.getLogger("fairseq.checkpoint")
+
+LAST = "checkpoint_last.pt"
+BEST = "checkpoint_best.pt"
+
+
+class CheckpointManager:
+    """Saves, deletes and finds checkpoints in ``--save-dir``, and remembers the best validation metric."""
+
+    def __init__(self, cfg: CheckpointConfig) -> None:
+        """Raises FairseqError when the directory cannot be made."""
+        self.cfg = cfg
+        self.directory = Path(cfg.save_dir)
+        self.best: float | None = None
+        if not cfg.no_save:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise FairseqError(f"--save-dir {cfg.save_dir}: cannot make it: {error.strerror}") from error
+
+    def is_better(self, value: float) -> bool:
+        """Whether validation metric ``value`` is at least as good as the best so far."""
+        if self.best is None:
+            return True
+        return value >= self.best if self.cfg.maximize_best_checkpoint_metric else value <= self.best
+
+    def note(self, value: float) -> bool:
+        """Take in a validation metric; True when it is the best so far."""
+        better = self.is_better(value)
+        if better:
+            self.best = value
+        return better
+
+    def save(
+        self,
+        state: Callable[[], dict[str, Any]],
+        epoch: int,
+        end_of_epoch: bool,
+        updates: int,
+        value: float | None,
+        every: bool = True,
+    ) -> None:
+        """Write what is due. state: makes the checkpoint's dict, called once if anything is. value: the validation
+        metric just measured, taken in by ``note``. every: also the regular files, not the best ones alone.
+        """
+        names = self._regular_names(epoch, end_of_epoch, updates) if every else []
+        if value is not None:
+            if self.note(value):
+                names.append(BEST)
+            if self.cfg.keep_best_checkpoints > 0:
+                names.append(f"checkpoint.best_{self.cfg.best_checkpoint_metric}_{value:.4f}.pt")
+        if not self.cfg.no_last_checkpoints:
+            names.append(LAST)
+        if self.cfg.no_save or not names:
+            return
+        first = self.directory / names[0]
+        with atomic_write(first, "wb") as handle:
+            torch.save(state(), handle)
+        for name in names[1:]:
+            atomic_copy(first, self.directory / name)
+        logger.info(f"saved {', '.join(names)} in {self.directory} (epoch {epoch} @ {updates} updates)")
+        self._delete_old(end_of_epoch)
+
+    def _regular_names(self, epoch: int, end_of_epoch: bool, updates: int) -> list[str]:
+        cfg = self.cfg
+        if end_of_epoch and not cfg.no_epoch_checkpoints and epoch % cfg.save_interval == 0:
+            return [f"checkpoint{epoch}.pt"]
+        if not end_of_epoch and cfg.save_interval_updates > 0 and updates % cfg.save_interval_updates == 0:
+            return [f"checkpoint_{epoch}_{updates}.pt"]
+        return []
+
+    def _delete_old(self, end_of_epoch: bool) -> None:
+        cfg = self.cfg
+        if not end_of_epoch and cfg.keep_interval_updates > 0:
+            self._keep(r"checkpoint_\d+_(\d+)\.pt", cfg.keep_interval_updates, largest=True)
+        if cfg.keep_last_epochs > 0:
+            self._keep(r"checkpoint(\d+)\.pt", cfg.keep_last_epochs, largest=True)
+        if cfg.keep_best_checkpoints > 0:
+            pattern = rf"checkpoint\.best_{re.escape(cfg.best_checkpoint_metric)}_(-?\d+\.\d+)\.pt"
+            self._keep(pattern, cfg.keep_best_checkpoints, largest=cfg.maximize_best_checkpoint_metric)
+
+    def _keep(self, pattern: str, count: int, largest: bool) -> None:
+        found = [(float(m[1]), path) for path in self.directory.iterdir() if (m := re.fullmatch(pattern, path.name))]
+        found.sort(key=lambda item: item[0], reverse=largest)
+        for _, path in found[count:]:
+            path.unlink(missing_ok=True)
+
+    def find(self) -> tuple[Path | None, bool]:
+        """The checkpoint to start from, and whether only its parameters count (``--finetune-from-model``).
+
+        Raises FairseqError when a file that was named is not there.
+        """
+        cfg = self.cfg
+        path = self.directory / LAST if cfg.restore_file == LAST else Path(cfg.restore_file)
+        if path.is_file():
+            return path, False
+        if cfg.restore_file != LAST:
+            raise FairseqError(f"--restore-file {cfg.restore_file}: no such file")
+        if cfg.finetune_from_model is None:
+            return None, False
+        if not Path(cfg.finetune_from_model).is_file():
+            raise FairseqError(f"--finetune-from-model {cfg.finetune_from_model}: no such file")
+        return Path(cfg.finetune_from_model), True
+
+    def load(self) -> tuple[dict[str, Any] | None, Path | None, bool]:
+        """``find``'s file read, its path, and whether only its parameters count; Nones if there is none."""
+        path, parameters_only = self.find()
+        if path is None:
+            return None, None, False
+        return load_checkpoint(path), path, parameters_only

@@ -1,0 +1,126 @@
+"""Processes and devices: alone, one a GPU on this machine, or as torchrun says."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from fairseq.errors import FairseqError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank, how many there are, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_master(self) -> bool:
+        """Whether this process writes logs and files."""
+        return self.rank == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x summed over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def average_gradients(self, model: torch.nn.Module, bucket_cap_mb: int) -> torch.nn.Module:
+        """model, wrapped so that its backward pass averages gradients over all processes."""
+        if self.size == 1:
+            return model
+        ids = [self.device] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, bucket_cap_mb=bucket_cap_mb)
+
+
+def choose_device(cpu: bool, local_rank: int = 0) -> torch.device:
+    """A visible GPU, or the CPU if there is none or ``cpu`` is set."""
+    if cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise FairseqError(
+            f"process {local_rank} has no GPU: {torch.cuda.device_count()} visible; start fewer processes or use --cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def launch(main: Callable[[Namespace, World], None], args: Namespace) -> None:
+    """Run ``main(args, world)`` in as many processes as asked for, and return when all have ended.
+
+    Under torchrun this process is one of them. Otherwise ``--distributed-world-size`` processes are started here (by
+    default one a visible GPU). Raises FairseqError when there are too few GPUs; exits with status 1 when a process
+    failed (it has said why).
+    """
+    if args.fp16 and choose_device(args.cpu).type == "cpu":
+        raise FairseqError("--fp16 needs a GPU and none is visible; use --bf16 or float32 on the CPU")
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _run(main, args, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://", _local_rank())
+        return
+    gpus = 0 if args.cpu else torch.cuda.device_count()
+    size = args.distributed_world_size or max(gpus, 1)
+    if size < 1 or (gpus and size > gpus):
+        raise FairseqError(f"--distributed-world-size {size}: {gpus} GPUs are visible; ask for 1 to {gpus}, or --cpu")
+    if size == 1:
+        main(args, World(0, 1, choose_device(args.cpu)))
+        return
+    address = f"tcp://127.0.0.1:{args.distributed_port or _free_port()}"
+    try:
+        mp.start_processes(_worker, (main, args, size, address), nprocs=size, start_method="spawn")
+    except mp.ProcessExitedException as error:
+        sys.exit(error.exit_code if error.exit_code > 0 else 1)
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _worker(rank: int, main: Callable[[Namespace, World], None], args: Namespace, size: int, address: str) -> None:
+    from fairseq.cli import command
+
+    if args.cpu or not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    command(lambda argv: _run(main, args, rank, size, address, rank), logs=sys.stdout)(None)
+
+
+def _run(
+    main: Callable[[Namespace, World], None], args: Namespace, rank: int, size: int, address: str, local_rank: int
+) -> None:
+    from fairseq.registry import import_user_dir
+
+    import_user_dir(args.user_dir)
+    device = choose_device(args.cpu, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", address, rank=rank, world_size=size)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FairseqError(f"process {rank} of {size} cannot meet the others at {address}: {reason}") from error
+    try:
+        main(args, World(rank, size, device))
+    finally:
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()

@@ -1,0 +1,321 @@
+"""What training says about itself: progress lines or a bar, epoch summaries, TensorBoard, Weights & Biases, a file.
+
+Statistics are a plain ``dict[str, float | int]`` under fairseq's names; `Averages` makes them from sums, `format_stats`
+turns them into text. Lines go through `logging`, to a logger named after their tag (``train_inner``, ``train``,
+``valid``), so the command decides where they end up. Only the master process writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from fairseq.errors import FairseqError
+
+Stats = Mapping[str, float | int]
+
+LINE_FORMAT, DATE_FORMAT = "%(asctime)s | %(levelname)s | %(name)s | %(message)s", "%Y-%m-%d %H:%M:%S"
+# Order in a line, and digits after the point (None: six significant ones). Other statistics follow, with three digits.
+_DIGITS: dict[str, int | None] = {
+    "loss": 3,
+    "nll_loss": 3,
+    "ppl": 2,
+    "bleu": 2,
+    "wps": 1,
+    "ups": 2,
+    "wpb": 1,
+    "bsz": 1,
+    "num_updates": 0,
+    "lr": None,
+    "gnorm": 3,
+    "clip": 1,
+    "loss_scale": 4,
+    "train_wall": 0,
+    "wall": 0,
+}
+_BAR_STATS = ("loss", "ppl", "wps", "ups", "lr", "gnorm")  # what a terminal's width has room for
+
+
+class Averages:
+    """Sums over a stretch of training or validation, and fairseq's statistics of it.
+
+    Keep one for the log interval, to be `reset` when it has been shown, and one for the epoch.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything and start the clock."""
+        self._sums: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def add(self, sums: Mapping[str, float]) -> None:
+        """Add sums over some updates, or over a validation subset.
+
+        loss, nll_loss: in nats; sample_size: what loss is divided by (target tokens, or sentences with
+        ``--sentence-avg``); ntokens, nsentences. Training alone: updates; gnorm, the sum of their gradient norms before
+        clipping; clip, how many were clipped.
+        """
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def stats(self) -> dict[str, float | int]:
+        """Losses in base 2, the perplexity 2^nll_loss, and speed since `reset`; empty when nothing was added."""
+        sums = self._sums
+        if not sums:
+            return {}
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        nll = _ratio(sums["nll_loss"], sums["ntokens"]) / math.log(2)
+        stats: dict[str, float | int] = {
+            "loss": _ratio(sums["loss"], sums["sample_size"]) / math.log(2),
+            "nll_loss": nll,
+            "ppl": math.inf if nll > 1000 else 2**nll,
+            "wps": sums["ntokens"] / seconds,
+        }
+        if updates := sums.get("updates"):
+            stats |= {
+                "ups": updates / seconds,
+                "wpb": sums["ntokens"] / updates,
+                "bsz": sums["nsentences"] / updates,
+                "gnorm": sums["gnorm"] / updates,
+                "clip": 100 * sums["clip"] / updates,
+            }
+        return stats
+
+    def state_dict(self) -> dict[str, float]:
+        """The sums and the seconds they took, for a resumed run to go on from."""
+        return self._sums | {"seconds": time.perf_counter() - self._start}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from ``state``."""
+        self._sums = {name: value for name, value in state.items() if name != "seconds"}
+        self._start = time.perf_counter() - state["seconds"]
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan
+
+
+def format_stats(stats: Stats) -> dict[str, str]:
+    """Statistics as text, in fairseq's order."""
+    known = {name: position for position, name in enumerate(_DIGITS)}
+    names = sorted(stats, key=lambda name: known.get(name, len(known)))
+    return {name: _format(stats[name], _DIGITS.get(name, 3)) for name in names}
+
+
+def _format(value: float | int, digits: int | None) -> str:
+    value = float(value)
+    if not math.isfinite(value):
+        return str(value)
+    value = value if digits is None else round(value, digits)
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:g}"
+
+
+def _numbers(stats: Stats) -> dict[str, float | int | str]:
+    """As `format_stats`, as JSON values; what JSON has no number for (inf, nan) is text."""
+    numbers: dict[str, float | int | str] = {}
+    for name, text in format_stats(stats).items():
+        number = float(text)
+        numbers[name] = text if not math.isfinite(number) else int(number) if number.is_integer() else number
+    return numbers
+
+
+def choose_log_format(log_format: str | None, no_progress_bar: bool = False) -> str:
+    """``--log-format`` with its default filled in; a bar that no terminal would show becomes ``simple``."""
+    if log_format is None:
+        log_format = "simple" if no_progress_bar else "tqdm"
+    return "simple" if log_format == "tqdm" and not sys.stderr.isatty() else log_format
+
+
+class TrainLog:
+    """Where a run's statistics go.
+
+    log_format: simple, json, tqdm or none, see `choose_log_format`. log_interval: updates between two progress lines.
+    log_file gets every line, whatever log_format shows on the terminal. config: the run's settings, for Weights &
+    Biases. Raises FairseqError when a file cannot be opened or a package is missing.
+    """
+
+    def __init__(
+        self,
+        log_format: str | None = None,
+        log_interval: int = 100,
+        *,
+        is_master: bool = True,
+        log_file: str | None = None,
+        tensorboard_logdir: str | None = None,
+        wandb_project: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.log_format = choose_log_format(log_format)
+        self.log_interval = log_interval
+        self.is_master = is_master
+        self._file: logging.Handler | None = None
+        self._tensorboard: _TensorBoard | None = None
+        self._wandb: Any = None
+        if not is_master:
+            return
+        if wandb_project is not None:
+            self._wandb = _start_wandb(wandb_project, config or {})
+        if tensorboard_logdir is not None:
+            self._tensorboard = _TensorBoard(tensorboard_logdir)
+        if log_file is not None:
+            self._file = _open_log_file(log_file)
+
+    def progress(self, epoch: int, total: int, start: int = 0, subset: str | None = None) -> Progress:
+        """Progress through one epoch of ``total`` updates from ``start`` on, or through a validation subset."""
+        return Progress(self, epoch, total, start, subset)
+
+    def summary(self, tag: str, epoch: int, stats: Stats, num_updates: int) -> None:
+        """Log the statistics of a whole epoch. tag: ``train``, or the name of the validation subset."""
+        stats = {**stats, "num_updates": num_updates}
+        if self.log_format == "json":
+            line = json.dumps({"epoch": epoch} | {f"{tag}_{name}": value for name, value in _numbers(stats).items()})
+        else:
+            parts = [_header(epoch, None if tag == "train" else tag)]
+            line = " | ".join(parts + [f"{name} {text}" for name, text in format_stats(stats).items()])
+        self._emit(tag, line, console=self.log_format != "none")
+        self._record(tag, stats, num_updates)
+
+    def _emit(self, tag: str, line: str, console: bool) -> None:
+        if not self.is_master:
+            return
+        logger = logging.getLogger(tag)
+        if console:
+            logger.info(line)
+        elif self._file is not None:
+            self._file.handle(logger.makeRecord(tag, logging.INFO, __file__, 0, line, (), None))
+
+    def _record(self, tag: str, stats: Stats, num_updates: int) -> None:
+        """Send the numbers to TensorBoard and Weights & Biases."""
+        if self._tensorboard is not None:
+            self._tensorboard.add(tag, stats, num_updates)
+        if self._wandb is not None:
+            self._wandb.log({f"{tag}/{name}": value for name, value in stats.items()}, step=num_updates)
+
+    def close(self) -> None:
+        """Flush and close everything that was opened."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._file is not None:
+            logging.getLogger().removeHandler(self._file)
+            self._file.close()
+        self._tensorboard = self._wandb = self._file = None
+
+    def __enter__(self) -> TrainLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Progress:
+    """Progress through an epoch: a bar on a terminal, or lines. A context manager."""
+
+    def __init__(self, log: TrainLog, epoch: int, total: int, start: int, subset: str | None) -> None:
+        self._log = log
+        self._epoch, self._total, self._done = epoch, total, start
+        self._header = _header(epoch, subset)
+        self._tag = subset or "train_inner"
+        self._stack = contextlib.ExitStack()
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> Progress:
+        if self._log.log_format == "tqdm" and self._log.is_master:
+            self._stack.enter_context(logging_redirect_tqdm())  # lines are printed above the bar, not into it
+            self._bar = self._stack.enter_context(
+                tqdm(desc=self._header, total=self._total, initial=self._done, leave=False, dynamic_ncols=True)
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar = None
+        self._stack.close()
+
+    def update(self, n: int = 1) -> bool:
+        """``n`` more are done. True when a log interval has ended: the time to call `log` (on every process)."""
+        before, self._done = self._done, self._done + n
+        if self._bar is not None:
+            self._bar.update(n)
+        return self._done // self._log.log_interval > before // self._log.log_interval
+
+    def log(self, stats: Stats, num_updates: int) -> None:
+        """Show the statistics of the log interval that has just ended."""
+        log, epoch = self._log, self._epoch
+        stats = {**stats, "num_updates": num_updates}
+        if log.log_format == "json":
+            position = round(epoch - 1 + self._done / max(self._total, 1), 3)
+            line = json.dumps({"epoch": epoch, "update": position} | _numbers(stats))
+        else:
+            values = ", ".join(f"{name}={text}" for name, text in format_stats(stats).items())
+            line = f"{self._header}:  {self._done:5d} / {self._total} {values}"
+        if self._bar is not None:
+            shown = format_stats({name: stats[name] for name in _BAR_STATS if name in stats})
+            self._bar.set_postfix_str(", ".join(f"{name}={text}" for name, text in shown.items()))
+        log._emit(self._tag, line, console=log.log_format in ("simple", "json"))
+        log._record(self._tag, stats, num_updates)
+
+
+def _header(epoch: int, subset: str | None) -> str:
+    return f"epoch {epoch:03d}" + (f" | valid on '{subset}' subset" if subset else "")
+
+
+def _open_log_file(path: str) -> logging.Handler:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise FairseqError(f"--log-file {path}: cannot write: {error.strerror}") from error
+    handler.setFormatter(logging.Formatter(LINE_FORMAT, DATE_FORMAT))
+    logging.getLogger().addHandler(handler)
+    return handler
+
+
+class _TensorBoard:
+    """Event files, one directory a tag, so that TensorBoard draws training and validation into one chart."""
+
+    def __init__(self, directory: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise FairseqError("--tensorboard-logdir needs TensorBoard: pip install tensorboard") from None
+        self._directory, self._make = Path(directory), SummaryWriter
+        self._writers: dict[str, Any] = {}
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FairseqError(f"--tensorboard-logdir {directory}: cannot write: {error.strerror}") from error
+
+    def add(self, tag: str, stats: Stats, step: int) -> None:
+        if tag not in self._writers:
+            self._writers[tag] = self._make(str(self._directory / tag))
+        for name, value in stats.items():
+            self._writers[tag].add_scalar(name, value, step)
+        self._writers[tag].flush()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+def _start_wandb(project: str, config: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise FairseqError("--wandb-project needs Weights & Biases: pip install wandb") from None
+    try:
+        return wandb.init(project=project, config=dict(config))
+    except wandb.Error as error:
+        raise FairseqError(f"--wandb-project {project}: {error}") from error

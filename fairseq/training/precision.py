@@ -1,0 +1,81 @@
+"""Mixed precision: parameters and their update in float32, the forward and backward pass in bf16 or fp16."""
+
+from __future__ import annotations
+
+import torch
+
+from fairseq.errors import FairseqError
+
+
+def autocast(device: torch.device, fp16: bool, bf16: bool) -> torch.autocast:
+    """The context to run a model in; a no-op in float32."""
+    dtype = torch.float16 if fp16 else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=fp16 or bf16, cache_enabled=True)
+
+
+class DynamicLossScaler:
+    """The loss scale of fp16 training: halved when gradients overflow, doubled after a quiet window.
+
+    Micikevicius et al. 2018, section 3.2, with fairseq's flags. Multiply the loss by ``scale`` before the backward
+    pass, then call ``update`` once an update.
+    """
+
+    def __init__(
+        self,
+        init_scale: float = 2.0**7,
+        scale_window: int = 2**14,
+        tolerance: float = 0.0,
+        min_scale: float = 1e-4,
+        threshold: float | None = None,
+    ) -> None:
+        """tolerance: share of overflows since the last change that is put up with. min_scale: give up below this.
+        threshold: never go below this.
+        """
+        self.scale = float(init_scale)
+        self.scale_window = scale_window
+        self.tolerance = tolerance
+        self.min_scale = min_scale
+        self.threshold = threshold
+        self._updates = 0
+        self._overflows = 0  # since the scale changed
+        self._last_overflow = -1
+        self._last_change = -1
+
+    def update(self, overflow: bool) -> None:
+        """Adapt the scale. overflow: the gradients of this update are not finite, so it is skipped.
+
+        Raises FairseqError when the scale would fall below ``min_scale``.
+        """
+        if not overflow:
+            if (self._updates - self._last_overflow) % self.scale_window == 0:
+                self.scale *= 2
+                self._last_change = self._updates
+            self._updates += 1
+            return
+        self._last_overflow = self._updates
+        self._overflows += 1
+        share = self._overflows / (self._updates - self._last_change)
+        if share >= self.tolerance:
+            self.scale /= 2
+            if self.threshold is not None:
+                self.scale = max(self.scale, self.threshold)
+            self._last_change = self._updates
+            self._overflows = 0
+        self._updates += 1
+        if self.scale < self.min_scale:
+            raise FairseqError(
+                f"the fp16 loss scale fell below --min-loss-scale {self.min_scale}: training diverges; lower --lr, "
+                "warm up longer, use --bf16, or --init-type adaptive for a deep Post-LN model"
+            )
+
+    def state_dict(self) -> dict[str, float]:
+        """Everything that ``load_state_dict`` needs to go on as if never stopped."""
+        return {key: getattr(self, key) for key in ("scale", *self._counters)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from ``state_dict()``'s result."""
+        self.scale = float(state["scale"])
+        for key in self._counters:
+            setattr(self, key, int(state[key]))
+
+    _counters = ("_updates", "_overflows", "_last_overflow", "_last_change")

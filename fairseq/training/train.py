@@ -1,0 +1,80 @@
+"""``fairseq-train``: data, model, epochs, validation, checkpoints; or one profiling pass that writes omega."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+
+import torch
+
+from fairseq import admin
+from fairseq.data.batching import EpochBatchIterator
+from fairseq.data.translation import TranslationData
+from fairseq.models.config import TransformerConfig
+from fairseq.models.transformer import Transformer
+from fairseq.options import DataConfig, section
+from fairseq.training.distributed import World
+from fairseq.training.run import TrainingRun
+from fairseq.training.trainer import to_device
+
+logger = logging.getLogger("fairseq.train")
+
+
+def train(args: Namespace, world: World) -> None:
+    """Train as ``args`` (from ``options.parse_train_args``) say, in one process of ``world``.
+
+    Raises FairseqError for bad data, checkpoints, omega files or settings, and when training diverges.
+    """
+    if not world.is_master:
+        logging.getLogger().setLevel(logging.WARNING)
+    data = TranslationData.open(section(DataConfig, args))
+    args.source_lang, args.target_lang = data.source_lang, data.target_lang
+    model = build_model(args, len(data.src_dict), len(data.tgt_dict))
+    itr = EpochBatchIterator(
+        lambda epoch: data.load(args.train_subset, epoch),
+        max_tokens=args.max_tokens,
+        max_sentences=args.batch_size,
+        required_batch_size_multiple=args.required_batch_size_multiple,
+        max_positions=(args.max_source_positions, args.max_target_positions),
+        seed=args.seed,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=args.num_workers,
+        pin_memory=world.device.type == "cuda",
+    )
+    if args.init_type == "adaptive-profiling":
+        profile_to_file(args, model, itr, world)
+        return
+    run = TrainingRun(args, world, model, itr, data)
+    try:
+        run.train()
+    finally:
+        run.log.close()
+
+
+def build_model(args: Namespace, src_vocab: int, tgt_vocab: int) -> Transformer:
+    """A freshly initialised model: the same weights for the same ``--seed``, whatever the init type's omega."""
+    torch.manual_seed(args.seed)
+    cfg: TransformerConfig = section(TransformerConfig, args)
+    model = Transformer(cfg, src_vocab, tgt_vocab)
+    logger.info(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info(f"architecture {args.arch}, init type {args.init_type}, {trained:,} parameters")
+    return model
+
+
+def profile_to_file(args: Namespace, model: Transformer, itr: EpochBatchIterator, world: World) -> None:
+    """Measure omega on the first training batch of epoch 1, dropout on, and write ``--omega-file``."""
+    if not world.is_master:
+        return
+    batch = itr.first_batch()
+    torch.manual_seed(args.seed)
+    profile = admin.profile(model.to(world.device), to_device(batch, world.device)["net_input"])
+    profile.comments = admin.describe(model.cfg, f"seed={args.seed} sentences={batch['nsentences']}")
+    profile.save(args.omega_file)
+    logger.info(
+        f"profiled {len(profile.encoder)} encoder and {len(profile.decoder)} decoder sub-layers on "
+        f"{batch['nsentences']} sentences: omega 1 to {profile.encoder[-1]:.3f} (encoder), "
+        f"1 to {profile.decoder[-1]:.3f} (decoder)"
+    )
+    logger.info(f"wrote {args.omega_file}; now train with --init-type adaptive --omega-file {args.omega_file}")
