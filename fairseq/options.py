@@ -212,6 +212,7 @@ class GenerationConfig:
         None,
         "replace <unk> by the source word it attends to, through this dictionary if a file is given",
         metavar="FILE",
+        const="",
     )
 
 

@@ -122,10 +122,15 @@ def plan_batches(
     batches, start, multiple = [], 0, required_batch_size_multiple
     limit = min(len(cost), budget, max_sentences or len(cost))
     counts = np.arange(1, limit + 1, dtype=np.int64)
+    is_sorted = bool((cost[1:] >= cost[:-1]).all())
     while start < len(cost):
         most = min(budget // max(1, int(cost[start])), limit)  # if all the others were no longer than the first
-        filled = np.maximum.accumulate(cost[start : start + most])
-        size = int((filled * counts[: len(filled)]).searchsorted(budget, side="right"))
+        window = cost[start : start + most]
+        if is_sorted and window[0] == window[-1]:  # nearly always so: all of it fits
+            size = len(window)
+        else:
+            filled = np.maximum.accumulate(window) * counts[: len(window)]
+            size = int(filled.searchsorted(budget, side="right"))
         if start + size < len(cost):
             size = size // multiple * multiple or size
         batches.append(indices[start : start + size])

@@ -63,7 +63,7 @@ class TrainingRun:
         self.trainer.dummy_batch = itr.first_batch
         if state is not None:
             self._resume(state, path, parameters_only)
-        self.validator = Validator(args, self.trainer, data)
+        self.validator = Validator(args, world, data, model, self.trainer.criterion)
         self.log = TrainLog(
             choose_log_format(args.log_format, args.no_progress_bar),
             args.log_interval,
@@ -181,7 +181,7 @@ class TrainingRun:
             self._take_stats(interval)  # nothing is saved of a model that has diverged
         value = None
         if check and not args.disable_validation:
-            value = self.validator.validate(epoch, self.log, self.checkpoints)
+            value = self.validator.validate(epoch, updates, self.log, self.checkpoints)
             self.bad_validations = 0 if self.checkpoints.is_better(value) else self.bad_validations + 1
         if save or value is not None:
             if self.world.is_master:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -100,16 +100,10 @@ class Trainer:
             assert self.dummy_batch is not None
             batch = self.dummy_batch()
         self._seed(index)
-        loss, nll = self._losses(batch, self._wrapped)
+        loss, nll = batch_losses(self._wrapped, self.criterion, batch, self.args, self.world.device)
         scale = self.scaler.scale if self.scaler else 1.0
         (loss * (weight * scale)).backward()
-        return weight * _sums(batch, loss.detach(), nll.detach())
-
-    def _losses(self, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
-        batch = to_device(batch, self.world.device)
-        with autocast(self.world.device, self.args.fp16, self.args.bf16):
-            logits, _ = model(**batch["net_input"])
-        return self.criterion(logits, batch["target"])
+        return weight * batch_sums(batch, loss.detach(), nll.detach())
 
     def _seed(self, micro_batch: int) -> None:
         """Seed dropout by update and by the micro-batch's place among all processes'.
@@ -165,16 +159,6 @@ class Trainer:
             "--lr, warm up longer, clip with --clip-norm, or use --init-type adaptive for a deep Post-LN model"
         )
 
-    @torch.no_grad()
-    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Sums of loss, nll_loss (nats), ntokens, nsentences and sample_size over ``batches`` of all processes."""
-        self.model.eval()
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
-        for batch in batches:
-            sums += _sums(batch, *self._losses(batch, self.model))
-        stats = dict(zip(SUMS, self.world.sum(sums).tolist(), strict=True))
-        return stats | {"sample_size": stats["nsentences"] if self.cfg.sentence_avg else stats["ntokens"]}
-
     def optimizer_state(self) -> dict[str, Any]:
         """The optimiser's state, with the loss scaler's under ``loss_scaler``."""
         state = self.optimizer.state_dict()
@@ -193,7 +177,17 @@ class Trainer:
             self.scaler.load_state_dict(scaler)
 
 
-def _sums(batch: Batch, loss: Tensor, nll: Tensor) -> Tensor:
+def batch_losses(
+    model: nn.Module, criterion: Any, batch: Batch, args: Namespace, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(loss, nll) of a batch in the precision that ``args`` ask for, summed over target tokens, in nats."""
+    batch = to_device(batch, device)
+    with autocast(device, args.fp16, args.bf16):
+        logits, _ = model(**batch["net_input"])
+    return criterion(logits, batch["target"])
+
+
+def batch_sums(batch: Batch, loss: Tensor, nll: Tensor) -> Tensor:
     """A batch's statistics in the order of SUMS, float64."""
     counts = torch.tensor([batch["ntokens"], batch["nsentences"]], dtype=torch.float64, device=loss.device)
     return torch.cat([torch.stack([loss, nll]).double(), counts])

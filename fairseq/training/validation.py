@@ -3,49 +3,67 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
-from fairseq.data.batching import iterate_batches, plan_batches, select_by_size, sort_by_length
-from fairseq.data.translation import LanguagePairDataset, TranslationData
+from fairseq.data.batching import iterate_batches, make_batches
+from fairseq.data.encoders import make_text_pipeline
+from fairseq.data.translation import Batch, LanguagePairDataset, TranslationData
 from fairseq.errors import FairseqError
+from fairseq.generation.output import TextFormat
+from fairseq.generation.scoring import Scorer
+from fairseq.generation.translate import translate_dataset
+from fairseq.models.transformer import Transformer
+from fairseq.options import GenerationConfig
 from fairseq.training.checkpoint_manager import CheckpointManager
+from fairseq.training.distributed import World
 from fairseq.training.logging import Averages, TrainLog
-from fairseq.training.trainer import Trainer
+from fairseq.training.precision import autocast
+from fairseq.training.trainer import SUMS, batch_losses, batch_sums
 
 
 class Validator:
-    """Opens the validation subsets once and measures the model on them as often as asked."""
+    """Opens the validation subsets once and measures a model on them as often as asked; one instance a process."""
 
-    def __init__(self, args: Namespace, trainer: Trainer, data: TranslationData) -> None:
-        """Raises FairseqError when a subset is missing or has sentences that are too long."""
+    def __init__(
+        self, args: Namespace, world: World, data: TranslationData, model: Transformer, criterion: Any
+    ) -> None:
+        """Raises FairseqError when a subset is missing or has sentences that are too long, or for bad BLEU flags."""
         self.args = args
-        self.trainer = trainer
+        self.world = world
+        self.model = model
+        self.criterion = criterion
         self.sets: dict[str, LanguagePairDataset] = {}
         self.batches: dict[str, list[np.ndarray]] = {}
         if args.disable_validation:
             return
         for name in args.valid_subset.split(","):
-            dataset = data.load(name)
-            kept = select_by_size(
-                dataset.src_sizes,
-                dataset.tgt_sizes,
-                (args.max_source_positions, args.max_target_positions),
+            self.sets[name] = data.load(name)
+            self.batches[name] = make_batches(
+                self.sets[name],
                 name=name,
-                skip=args.skip_invalid_size_inputs_valid_test,
-            )
-            batches = plan_batches(
-                dataset.src_sizes,
-                dataset.tgt_sizes,
-                sort_by_length(dataset.src_sizes, dataset.tgt_sizes, kept),
                 max_tokens=args.max_tokens_valid or args.max_tokens,
                 max_sentences=args.batch_size_valid or args.batch_size,
                 required_batch_size_multiple=args.required_batch_size_multiple,
+                max_positions=(args.max_source_positions, args.max_target_positions),
+                skip_invalid=args.skip_invalid_size_inputs_valid_test,
+                num_shards=world.size,
+                shard_id=world.rank,
             )
-            self.sets[name] = dataset
-            self.batches[name] = batches[trainer.world.rank :: trainer.world.size]
+        if args.eval_bleu:
+            self._generation = _generation_config(args.eval_bleu_args or {})
+            tokenizer = "moses" if args.eval_bleu_detok == "moses" else None
+            pipeline = make_text_pipeline(tokenizer, None, source_lang=data.source_lang, target_lang=data.target_lang)
+            self._text = TextFormat(
+                data.src_dict, data.tgt_dict, post_process=args.eval_bleu_remove_bpe, decode=pipeline.decode
+            )
 
-    def validate(self, epoch: int, log: TrainLog, checkpoints: CheckpointManager) -> float:
+    def validate(self, epoch: int, num_updates: int, log: TrainLog, checkpoints: CheckpointManager) -> float:
         """Measure all subsets and log them; returns ``--best-checkpoint-metric`` of the first.
 
         checkpoints: knows the best value so far. Raises FairseqError when that metric was not measured.
@@ -56,21 +74,63 @@ class Validator:
             stats = self.measure(name)
             if first is None:
                 if metric not in stats:
-                    raise FairseqError(
-                        f"--best-checkpoint-metric {metric} is not measured; choose from {', '.join(sorted(stats))}"
-                        + (" (bleu: with --eval-bleu)" if metric == "bleu" else "")
-                    )
+                    hint = "; bleu is with --eval-bleu" if metric == "bleu" else ""
+                    raise FairseqError(f"--best-checkpoint-metric {metric} is none of {', '.join(sorted(stats))}{hint}")
                 first = float(stats[metric])
-                best = first if checkpoints.is_better(first) else checkpoints.best
-                stats[f"best_{metric}"] = first if best is None else best
-            log.summary(name, epoch, stats, self.trainer.num_updates)
+                best = first if checkpoints.best is None or checkpoints.is_better(first) else checkpoints.best
+                stats[f"best_{metric}"] = best
+            log.summary(name, epoch, stats, num_updates)
         assert first is not None
         return first
 
+    @torch.no_grad()
     def measure(self, name: str) -> dict[str, float | int]:
-        """loss, nll_loss (base 2), ppl, speed and, with ``--eval-bleu``, bleu of one subset."""
-        pinned = self.trainer.world.device.type == "cuda"
+        """loss, nll_loss (base 2), ppl, wps and, with ``--eval-bleu``, bleu of one subset, over all processes."""
+        was_training = self.model.training
+        self.model.eval()
         averages = Averages()
-        batches = iterate_batches(self.sets[name], self.batches[name], self.args.num_workers, pinned)
-        averages.add(self.trainer.validate(batches))
-        return averages.stats()
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
+        for batch in self._read(name):
+            losses = batch_losses(self.model, self.criterion, batch, self.args, self.world.device)
+            sums += batch_sums(batch, *losses)
+        totals = dict(zip(SUMS, self.world.sum(sums).tolist(), strict=True))
+        sample_size = totals["nsentences" if self.args.sentence_avg else "ntokens"]
+        averages.add(totals | {"sample_size": sample_size})
+        stats = averages.stats()
+        if self.args.eval_bleu:
+            stats["bleu"] = self._bleu(name)
+        self.model.train(was_training)
+        return stats
+
+    def _read(self, name: str) -> Iterator[Batch]:
+        pinned = self.world.device.type == "cuda"
+        return iterate_batches(self.sets[name], self.batches[name], self.args.num_workers, pinned)
+
+    def _bleu(self, name: str) -> float:
+        pairs: list[tuple[str, str]] = []
+        with autocast(self.world.device, self.args.fp16, self.args.bf16):
+            for translation in translate_dataset([self.model], self._read(name), self._generation, self.args.seed):
+                best = self._text.hypothesis(translation.hypotheses[0], self._text.words(translation.src_tokens))
+                assert translation.target is not None
+                reference = self._text.decode(self._text.target(translation.target))
+                pairs.append((reference, self._text.decode(best)))
+        if self.args.eval_bleu_print_samples and pairs and self.world.is_master:
+            print(f"example hypothesis: {pairs[0][1]}\nexample reference: {pairs[0][0]}", flush=True)
+        if self.world.size > 1:
+            gathered: list[Any] = [None] * self.world.size
+            dist.all_gather_object(gathered, pairs)
+            pairs = [pair for part in gathered for pair in part]
+        scorer = Scorer("bleu" if self.args.eval_tokenized_bleu else "sacrebleu")
+        for reference, hypothesis in pairs:
+            scorer.add(reference, hypothesis)
+        return scorer.score()
+
+
+def _generation_config(settings: dict[str, Any]) -> GenerationConfig:
+    known = {field.name for field in fields(GenerationConfig)}
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise FairseqError(
+            f"--eval-bleu-args: '{unknown[0]}' is no generation setting (some are: beam, lenpen)"
+        )
+    return GenerationConfig(**settings)

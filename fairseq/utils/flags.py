@@ -21,11 +21,13 @@ def flag(
     choices: Sequence[str] | Callable[[], Sequence[str]] | None = None,
     metavar: str | None = None,
     positional: bool = False,
+    const: Any = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag: field ``max_tokens`` becomes ``--max-tokens``.
 
     aliases: other spellings, such as ``-s`` or an older ``--max-sentences``; they also name the field in old
-    checkpoints. choices: allowed values, or a function that lists them when the parser is built.
+    checkpoints. choices: allowed values, or a function that lists them when the parser is built. const: the value of
+    the flag when it stands alone.
     """
     metadata = {
         "help": help,
@@ -33,6 +35,7 @@ def flag(
         "choices": choices,
         "metavar": metavar,
         "positional": positional,
+        "const": const,
     }
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -136,8 +139,9 @@ def add_flags(
             settings["choices"] = choices
             if choices is None:
                 settings["metavar"] = meta["metavar"] or _metavar(hints[field.name])
-            if hints[field.name] is bool:
-                settings |= {"nargs": "?", "const": True}
+            const = True if hints[field.name] is bool else meta["const"]
+            if const is not None:
+                settings |= {"nargs": "?", "const": const}
         if meta["positional"]:
             group.add_argument(field.name, **settings | {"metavar": meta["metavar"] or field.name.upper()})
         else:

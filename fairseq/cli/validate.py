@@ -1,0 +1,50 @@
+"""``fairseq-validate``: loss and perplexity of a checkpoint on subsets of a data-bin, and BLEU with ``--eval-bleu``."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from typing import Any
+
+from fairseq import criterions  # noqa: F401  (they register themselves)
+from fairseq.checkpoint import load_checkpoint
+from fairseq.cli import command
+from fairseq.errors import FairseqError
+from fairseq.generation.translate import DEFAULT_MAX_TOKENS, open_models_and_data
+from fairseq.models.transformer import PADDING_IDX
+from fairseq.options import VALIDATE_SECTIONS, parse_args
+from fairseq.registry import CRITERIONS
+from fairseq.training.distributed import World, choose_device
+from fairseq.training.logging import TrainLog, choose_log_format
+from fairseq.training.trainer import component
+from fairseq.training.validation import Validator
+
+
+def _main(argv: list[str] | None = None) -> None:
+    description = "Measure the loss of a checkpoint on subsets of a data-bin."
+    args = parse_args("fairseq-validate", description, VALIDATE_SECTIONS, argv)
+    if not args.path:
+        raise FairseqError("--path FILE is missing: the checkpoint to validate")
+    if ":" in args.path:
+        raise FairseqError("--path: fairseq-validate takes one checkpoint, not an ensemble")
+    world = World(0, 1, choose_device(args.cpu))
+    trained: dict[str, Any] = load_checkpoint(args.path)["args"]
+    models, data = open_models_and_data(args, world.device)
+    name = trained.get("criterion", "cross_entropy")
+    criterion = component(CRITERIONS, name, Namespace(**trained), PADDING_IDX)
+    args.sentence_avg = bool(trained.get("sentence_avg", False))
+    if args.max_tokens is None and args.batch_size is None:
+        args.max_tokens = DEFAULT_MAX_TOKENS
+    validator = Validator(args, world, data, models[0], criterion)
+    log = TrainLog(choose_log_format(args.log_format, args.no_progress_bar))
+    for subset in validator.sets:
+        log.summary(subset, 1, validator.measure(subset), 0)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. argv: the arguments without the program's name, by default ``sys.argv[1:]``."""
+    command(_main, logs=sys.stdout)(argv)
+
+
+if __name__ == "__main__":
+    main()

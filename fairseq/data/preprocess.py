@@ -1,0 +1,145 @@
+"""Parallel text to a data-bin: dictionaries and binarised splits.
+
+All input is checked and all output written in a temporary directory before the first file of the data-bin changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fairseq.data.binarizer import binarize, count_lines, count_tokens
+from fairseq.data.dictionary import Dictionary
+from fairseq.errors import FairseqError
+from fairseq.utils.io import fsync_directory
+
+if TYPE_CHECKING:
+    from fairseq.options import PreprocessConfig
+
+logger = logging.getLogger(__name__)
+
+
+def preprocess(config: PreprocessConfig) -> None:
+    """Make or extend the data-bin ``config.destdir``. Raises FairseqError and leaves it as it was on any bad input."""
+    _check_flags(config)
+    languages = [str(config.source_lang)] + ([] if config.only_source else [str(config.target_lang)])
+    splits = _splits(config)
+    for prefix in splits.values():
+        _check_parallel([f"{prefix}.{language}" for language in languages])
+    dictionaries = _dictionaries(config, languages)
+    destdir = Path(config.destdir)
+    existed = destdir.exists()
+    for language, dictionary in dictionaries.items():
+        _check_dictionary_fits(destdir / f"dict.{language}.txt", dictionary)
+        logger.info(f"[{language}] dictionary: {len(dictionary):,} types")
+    try:
+        destdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=destdir, prefix=".preprocess.") as temporary:
+            _write(config, splits, dictionaries, Path(temporary))
+            _publish(Path(temporary), destdir)
+    except OSError as error:
+        raise FairseqError(f"{destdir}: cannot write: {error.strerror or error}") from error
+    finally:
+        if not existed and destdir.is_dir() and not any(destdir.iterdir()):
+            destdir.rmdir()
+    logger.info(f"wrote the data-bin {destdir}")
+
+
+def _check_flags(config: PreprocessConfig) -> None:
+    if not config.source_lang:
+        raise FairseqError("give the source language: --source-lang")
+    if not config.target_lang and not config.only_source:
+        raise FairseqError("give the target language, --target-lang, or --only-source")
+    if config.source_lang == config.target_lang:
+        raise FairseqError(f"--source-lang and --target-lang are both {config.source_lang}; name the sides differently")
+    if config.joined_dictionary and config.srcdict and config.tgtdict:
+        raise FairseqError("--joined-dictionary means one dictionary: give --srcdict or --tgtdict, not both")
+    if not (config.trainpref or config.validpref or config.testpref):
+        raise FairseqError("nothing to do: give --trainpref, --validpref or --testpref")
+    if config.workers < 1 or config.padding_factor < 1:
+        raise FairseqError("--workers and --padding-factor must be at least 1")
+    target_limits = (config.thresholdtgt, config.nwordstgt)
+    if config.joined_dictionary and target_limits not in ((0, -1), (config.thresholdsrc, config.nwordssrc)):
+        logger.warning(
+            "with --joined-dictionary, --thresholdsrc and --nwordssrc count, --thresholdtgt and --nwordstgt do not"
+        )
+
+
+def _splits(config: PreprocessConfig) -> dict[str, str]:
+    """Name of each split -> prefix of its text files: train, valid, valid1, ..., test, test1, ..."""
+    splits = {"train": config.trainpref} if config.trainpref else {}
+    for name, prefixes in (("valid", config.validpref), ("test", config.testpref)):
+        for number, prefix in enumerate(prefixes.split(",") if prefixes else []):
+            splits[f"{name}{number or ''}"] = prefix
+    return splits
+
+
+def _check_parallel(paths: list[str]) -> None:
+    counts = [count_lines(path) for path in paths]
+    for path, count in zip(paths, counts, strict=True):
+        if count == 0:
+            raise FairseqError(f"{path}: the file is empty")
+    if len(set(counts)) > 1:
+        numbers = " and ".join(f"{path} has {count:,} lines" for path, count in zip(paths, counts, strict=True))
+        raise FairseqError(f"{numbers}; parallel files must have the same number")
+
+
+def _dictionaries(config: PreprocessConfig, languages: list[str]) -> dict[str, Dictionary]:
+    """The dictionary of each language, loaded or built from the training text."""
+    given = dict(zip(languages, (config.srcdict, config.tgtdict), strict=False))
+    thresholds = dict(zip(languages, (config.thresholdsrc, config.thresholdtgt), strict=False))
+    nwords = dict(zip(languages, (config.nwordssrc, config.nwordstgt), strict=False))
+    if config.joined_dictionary:
+        path = config.srcdict or config.tgtdict
+        joined = Dictionary.load(path) if path else _build(config, languages, config.thresholdsrc, config.nwordssrc)
+        return dict.fromkeys(languages, joined)
+    return {
+        language: Dictionary.load(path) if path else _build(config, [language], thresholds[language], nwords[language])
+        for language, path in given.items()
+    }
+
+
+def _build(config: PreprocessConfig, languages: list[str], threshold: int, nwords: int) -> Dictionary:
+    if not config.trainpref:
+        raise FairseqError(
+            f"no dictionary for {' and '.join(languages)}: give --trainpref to build it, or --srcdict and --tgtdict"
+        )
+    counts: Counter[str] = Counter()
+    for language in languages:
+        counts.update(count_tokens(f"{config.trainpref}.{language}", config.workers))
+    return Dictionary.build(counts, threshold=threshold, nwords=nwords, padding_factor=config.padding_factor)
+
+
+def _check_dictionary_fits(path: Path, dictionary: Dictionary) -> None:
+    """Splits binarised earlier stay readable only while their dictionary stays the same."""
+    if path.exists() and Dictionary.load(path) != dictionary:
+        raise FairseqError(
+            f"{path}: another dictionary is there already; use it (--srcdict, --tgtdict) or choose another --destdir"
+        )
+
+
+def _write(
+    config: PreprocessConfig, splits: dict[str, str], dictionaries: dict[str, Dictionary], directory: Path
+) -> None:
+    for language, dictionary in dictionaries.items():
+        dictionary.save(directory / f"dict.{language}.txt")
+    for split, prefix in splits.items():
+        for language, dictionary in dictionaries.items():
+            path = f"{prefix}.{language}"
+            name = f"{split}.{config.source_lang}-{config.target_lang}.{language}"
+            summary = binarize(path, dictionary, directory / name, config.workers)
+            logger.info(
+                f"[{language}] {path}: {summary.sentences:,} sentences, {summary.tokens:,} tokens, "
+                f"{summary.replaced / summary.tokens:.3%} replaced by <unk>"
+            )
+
+
+def _publish(source: Path, destdir: Path) -> None:
+    """Move finished files into place, indices last: without its index a dataset is not there."""
+    for path in sorted(source.iterdir(), key=lambda path: (path.suffix == ".idx", path.name)):
+        os.replace(path, destdir / path.name)
+    fsync_directory(destdir)

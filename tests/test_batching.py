@@ -1,0 +1,333 @@
+"""Batches: budgets, order, epochs, ranks, continuing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairseq.data.batching import (
+    EpochBatchIterator,
+    iterate_batches,
+    make_batches,
+    plan_batches,
+    select_by_size,
+    sort_by_length,
+)
+from fairseq.data.dictionary import Dictionary
+from fairseq.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from fairseq.data.translation import Batch, LanguagePairDataset
+from fairseq.errors import FairseqError
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=80)
+POSITIONS = (1024, 1024)
+
+
+def _sizes(lengths: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    src, tgt = np.array(lengths, dtype=np.int32).T
+    return src, tgt
+
+
+def _make_dataset(path: Path, count: int, seed: int = 0, longest: int = 20) -> LanguagePairDataset:
+    rng = np.random.default_rng(seed)
+    for language in ("en", "de"):
+        with IndexedDatasetWriter(path / f"train.en-de.{language}", np.uint16) as writer:
+            for size in rng.integers(0, longest, count):
+                writer.add([*rng.integers(4, 12, size), 2])
+    dictionary = Dictionary.build({f"{n}": 1 for n in range(8)})
+    sides = [IndexedDataset(path / f"train.en-de.{language}") for language in ("en", "de")]
+    return LanguagePairDataset(sides[0], sides[1], dictionary, dictionary)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> LanguagePairDataset:
+    """300 pairs of 1 to 20 tokens."""
+    return _make_dataset(tmp_path_factory.mktemp("data"), 300)
+
+
+def _iterator(dataset: LanguagePairDataset, **settings_: Any) -> EpochBatchIterator:
+    defaults = {"max_tokens": 100, "max_sentences": None, "max_positions": POSITIONS, "seed": 1}
+    return EpochBatchIterator(lambda epoch: dataset, **(defaults | settings_))
+
+
+def _ids(batch: Batch | None) -> tuple[int, ...] | None:
+    return None if batch is None else tuple(batch["id"].tolist())
+
+
+def _epoch(iterator: EpochBatchIterator, update_freq: int = 1) -> list[list[tuple[int, ...] | None]]:
+    return [[_ids(batch) for batch in group] for group in iterator.updates(update_freq)]
+
+
+def _plan_one_by_one(
+    lengths: list[tuple[int, int]], order: list[int], max_tokens: int, max_sentences: int, multiple: int
+) -> list[list[int]]:
+    """The batching rule, sentence by sentence: a sentence that does not fit closes the batch before it."""
+
+    def fits(batch: list[int]) -> bool:
+        return len(batch) <= max_sentences and len(batch) * max(max(lengths[i]) for i in batch) <= max_tokens
+
+    batches, batch = [], list[int]()
+    for index in order:
+        while batch and not fits([*batch, index]):
+            keep = len(batch) // multiple * multiple or len(batch)
+            batches.append(batch[:keep])
+            batch = batch[keep:]
+        batch.append(index)
+    return [*batches, batch]
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(30, 200), st.integers(1, 20), st.sampled_from([1, 2, 4, 8]), st.booleans())
+def test_plan_equals_the_rule_applied_one_by_one(
+    lengths: list[tuple[int, int]], max_tokens: int, max_sentences: int, multiple: int, is_sorted: bool
+) -> None:
+    src, tgt = _sizes(lengths)
+    order = np.arange(len(src))
+    order = sort_by_length(src, tgt, order) if is_sorted else order
+    batches = plan_batches(
+        src, tgt, order, max_tokens=max_tokens, max_sentences=max_sentences, required_batch_size_multiple=multiple
+    )
+    assert np.concatenate(batches).tolist() == order.tolist()
+    for batch in batches:
+        assert len(batch) * max(src[batch].max(), tgt[batch].max()) <= max_tokens
+        assert len(batch) <= max_sentences
+    expected = _plan_one_by_one(lengths, order.tolist(), max_tokens, max_sentences, multiple)
+    assert [b.tolist() for b in batches] == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(0, 2**31))
+def test_sort_order(lengths: list[tuple[int, int]], seed: int) -> None:
+    src, tgt = _sizes(lengths)
+    indices = np.arange(len(src), dtype=np.int32)[::2]
+
+    def key(index: int) -> tuple[int, int]:
+        longer, difference = max(lengths[index]), lengths[index][0] - lengths[index][1]
+        return longer, -difference if longer % 2 else difference
+
+    assert sort_by_length(src, tgt, indices).tolist() == sorted(indices.tolist(), key=key)
+    shuffled = sort_by_length(src, tgt, indices, np.random.default_rng(seed)).tolist()
+    assert sorted(shuffled) == indices.tolist()
+    assert [key(i) for i in shuffled] == sorted(key(i) for i in indices)
+    one_sided = sort_by_length(src, None, indices).tolist()
+    assert one_sided == sorted(indices.tolist(), key=lambda i: lengths[i][0])
+
+
+def test_equal_lengths_are_shuffled() -> None:
+    sizes = np.full(1000, 7, dtype=np.int32)
+    orders = [sort_by_length(sizes, sizes, np.arange(1000), np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    assert (orders[0] == orders[1]).all()
+    assert (orders[0] != orders[2]).mean() > 0.9
+    assert abs(np.corrcoef(orders[0], np.arange(1000))[0, 1]) < 0.2
+
+
+def test_very_long_sentences_keep_to_the_budget() -> None:
+    src = np.random.default_rng(0).integers(1, 9000, 500).astype(np.int32)
+    order = sort_by_length(src, src, np.arange(500), np.random.default_rng(1))
+    batches = plan_batches(src, src, order, max_tokens=20_000, required_batch_size_multiple=8)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(500))
+    assert all(len(batch) * src[batch].max() <= 20_000 for batch in batches)
+
+
+def test_padding_on_real_data(shared: Path) -> None:
+    sides = [IndexedDataset(shared / "reference" / "multi30k-databin" / f"train.en-de.{lang}") for lang in ("en", "de")]
+    src, tgt = sides[0].sizes, sides[1].sizes
+    order = sort_by_length(src, tgt, np.arange(len(src)), np.random.default_rng(1))
+    batches = plan_batches(src, tgt, order, max_tokens=4096, required_batch_size_multiple=8)
+    cells = sum(len(b) * (int(src[b].max()) + int(tgt[b].max())) for b in batches)
+    assert 1 - (int(src.sum()) + int(tgt.sum())) / cells < 0.035
+
+
+def test_limits() -> None:
+    sizes = np.array([3, 9, 4], dtype=np.int32)
+    with pytest.raises(FairseqError, match=r"sentence 1 has 9 tokens, more than --max-tokens 8"):
+        plan_batches(sizes, None, np.arange(3), max_tokens=8)
+    with pytest.raises(FairseqError, match=r"--max-tokens or --batch-size"):
+        plan_batches(sizes, None, np.arange(3))
+    assert [b.tolist() for b in plan_batches(sizes, None, np.arange(3), max_sentences=2)] == [[0, 1], [2]]
+    assert plan_batches(sizes, None, np.arange(0), max_tokens=8) == []
+
+
+def test_select_by_size(caplog: pytest.LogCaptureFixture) -> None:
+    src, tgt = np.array([5, 11, 3, 2]), np.array([5, 2, 21, 2])
+    with pytest.raises(
+        FairseqError, match=r"^valid: sentence 1 has 11 source and 2 target .*--skip-invalid-size-inputs-valid-test"
+    ):
+        select_by_size(src, tgt, (10, 20), name="valid", skip=False)
+    with caplog.at_level(logging.WARNING):
+        assert select_by_size(src, tgt, (10, 20), name="valid", skip=True).tolist() == [0, 3]
+    assert "valid: 2 sentences longer than" in caplog.text
+    assert caplog.text.rstrip().endswith("are left out: 1, 2")
+    assert select_by_size(src, None, (11, 1), name="valid", skip=False).tolist() == [0, 1, 2, 3]
+    with pytest.raises(FairseqError, match="every sentence is longer"):
+        select_by_size(src, tgt, (1, 1), name="valid", skip=True)
+    with pytest.raises(FairseqError, match="no sentence"):
+        select_by_size(src[:0], None, (1, 1), name="valid", skip=True)
+
+
+def test_make_batches_and_shards(dataset: LanguagePairDataset) -> None:
+    common: dict[str, Any] = {"name": "test", "max_tokens": 60, "max_sentences": 8, "max_positions": POSITIONS}
+    whole = make_batches(dataset, **common)
+    shards = [make_batches(dataset, **common, num_shards=3, shard_id=i) for i in range(3)]
+    assert sorted(i for shard in shards for b in shard for i in b.tolist()) == list(range(300))
+    assert [b.tolist() for b in shards[1]] == [b.tolist() for b in whole[1::3]]
+    with pytest.raises(FairseqError, match=r"--shard-id 3 is not one of 0 to 2"):
+        make_batches(dataset, **common, num_shards=3, shard_id=3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_iterate_batches(dataset: LanguagePairDataset, num_workers: int) -> None:
+    batches = [np.array([3, 1]), np.array([200]), np.array([5, 6, 7])]
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    read = list(iterate_batches(dataset, batches, num_workers))
+    assert torch.rand(1) == expected  # reading draws no random numbers that training uses
+    assert [_ids(batch) for batch in read] == [(3, 1), (200,), (5, 6, 7)]
+    for batch, indices in zip(read, batches, strict=True):
+        assert torch.equal(batch["net_input"]["src_tokens"], dataset.collate(indices)["net_input"]["src_tokens"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_errors_of_reading_processes_are_one_line(dataset: LanguagePairDataset, num_workers: int) -> None:
+    small = Dictionary.build({}, padding_factor=1)
+    broken = LanguagePairDataset(dataset.src, dataset.tgt, small, small)
+    with pytest.raises(FairseqError) as error:
+        list(iterate_batches(broken, [np.arange(9)], num_workers))
+    assert "\n" not in str(error.value)
+
+
+def test_epochs(dataset: LanguagePairDataset) -> None:
+    iterator = _iterator(dataset, required_batch_size_multiple=4)
+    epochs = []
+    for number in (1, 2, 3):
+        assert (iterator.epoch, iterator.updates_done(2)) == (number, 0)
+        first = iterator.first_batch()
+        epochs.append([batch for group in _epoch(iterator, 2) for batch in group])
+        assert epochs[-1][0] == _ids(first)
+        assert iterator.end_of_epoch()
+        assert iterator.updates_done(2) == iterator.updates_in_epoch(2) == -(-iterator.n_batches // 2)
+        assert _epoch(iterator, 2) == []
+        iterator.next_epoch()
+    for epoch in epochs:
+        assert sorted(i for batch in epoch for i in batch or ()) == list(range(300))
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert set(epochs[0]) != set(epochs[1])  # other batches, not just another order
+    longest = [max(dataset.src_sizes[list(batch or ())]) for batch in epochs[0]]
+    assert longest != sorted(longest)
+
+
+def test_deterministic_from_seed_and_epoch(dataset: LanguagePairDataset) -> None:
+    first = _epoch(_iterator(dataset))
+    assert _epoch(_iterator(dataset)) == first
+    assert _epoch(_iterator(dataset, num_workers=1)) == first
+    assert _epoch(_iterator(dataset, seed=2)) != first
+    assert len(_epoch(_iterator(dataset, seed=-1))) > 0
+    later = _iterator(dataset)
+    later.load_state_dict({"epoch": 3, "iterations_in_epoch": 0})
+    walked = _iterator(dataset)
+    walked.next_epoch()
+    walked.next_epoch()
+    assert _epoch(later) == _epoch(walked)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(20, 400))
+def test_ranks_share_the_global_list(
+    dataset: LanguagePairDataset, world_size: int, update_freq: int, max_tokens: int
+) -> None:
+    whole = [batch for [batch] in _epoch(_iterator(dataset, max_tokens=max_tokens))]
+    ranks = [
+        _epoch(_iterator(dataset, max_tokens=max_tokens, rank=rank, world_size=world_size), update_freq)
+        for rank in range(world_size)
+    ]
+    assert len({tuple(map(len, rank)) for rank in ranks}) == 1  # the same updates and micro-batches on all
+    for rank, updates in enumerate(ranks):
+        for k, update in enumerate(updates):
+            for u, batch in enumerate(update):
+                number = (k * update_freq + u) * world_size + rank
+                assert batch == (whole[number] if number < len(whole) else None)
+    assert sum(batch is not None for rank in ranks for update in rank for batch in update) == len(whole)
+
+
+def test_two_ranks_do_what_one_does_with_update_freq_two(dataset: LanguagePairDataset) -> None:
+    one = _epoch(_iterator(dataset), 2)
+    two = [_epoch(_iterator(dataset, rank=rank, world_size=2), 1) for rank in (0, 1)]
+    merged = [[*left, *right] for left, right in zip(*two, strict=True)]
+    assert [[batch for batch in group if batch] for group in merged] == one
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_continuing_gives_exactly_the_rest(dataset: LanguagePairDataset, data: st.DataObject) -> None:
+    whole = [batch for [batch] in _epoch(_iterator(dataset))]
+    position, state = 0, _iterator(dataset).state_dict()
+    while position < len(whole):  # each stretch with other processes and another update frequency
+        world_size, update_freq = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+        stretch = data.draw(st.integers(1, 8))
+        readers: list[Iterator[list[Batch | None]]] = []
+        iterators = [_iterator(dataset, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for iterator in iterators:
+            iterator.load_state_dict(state)
+            readers.append(iterator.updates(update_freq))
+        for _ in range(stretch):
+            groups = [next(reader, []) for reader in readers]
+            for micro_batches in zip(*groups, strict=True):
+                for batch in micro_batches:
+                    if batch is not None:
+                        assert _ids(batch) == whole[position]
+                        position += 1
+        states = [iterator.state_dict() for iterator in iterators]
+        assert all(s == states[0] for s in states)
+        state = states[0]
+    assert (state["epoch"], state["offset_batches"], state["iterations_in_epoch"]) == (2, 0, 0)
+
+
+def test_read_ahead_does_not_count(dataset: LanguagePairDataset) -> None:
+    iterator = _iterator(dataset, num_workers=1)
+    updates = iterator.updates(2)
+    next(updates)
+    next(updates)
+    assert iterator.state_dict()["offset_batches"] == 4
+    assert (iterator.updates_done(2), iterator.end_of_epoch()) == (2, False)
+
+
+def test_state_of_fairseq_and_of_other_batch_sizes(
+    dataset: LanguagePairDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    iterator = _iterator(dataset, world_size=2)
+    iterator.load_state_dict({"epoch": 2, "iterations_in_epoch": 3, "shuffle": True, "version": 2})
+    assert (iterator.epoch, iterator.state_dict()["offset_batches"]) == (2, 6)
+    assert not caplog.text
+    iterator.load_state_dict({"epoch": 2, "offset_batches": 1000, "n_batches": 2000})
+    assert iterator.state_dict()["offset_batches"] == iterator.n_batches // 2
+    assert "data or batch size differ" in caplog.text
+
+
+def test_data_bins_rotate(tmp_path: Path) -> None:
+    datasets = [_make_dataset(tmp_path / f"{n}", 20 + n, seed=n) for n in range(2)]
+    iterator = EpochBatchIterator(
+        lambda epoch: datasets[(epoch - 1) % 2], max_tokens=100, max_sentences=None, max_positions=POSITIONS, seed=1
+    )
+    for epoch in range(1, 5):
+        seen = [i for group in _epoch(iterator) for batch in group for i in batch or ()]
+        assert sorted(seen) == list(range(len(datasets[(epoch - 1) % 2])))
+        iterator.next_epoch()
+
+
+def test_long_training_sentences_are_left_out_once_with_a_warning(
+    dataset: LanguagePairDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    iterator = _iterator(dataset, max_positions=(15, 15))
+    for _ in range(2):
+        seen = {i for group in _epoch(iterator) for batch in group for i in batch or ()}
+        assert seen == set(np.flatnonzero((dataset.src.sizes <= 15) & (dataset.tgt_sizes <= 15)).tolist())  # type: ignore[operator]
+        iterator.next_epoch()
+    assert caplog.text.count("are left out") == 1
