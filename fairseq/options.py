@@ -195,7 +195,7 @@ class GenerationConfig:
     nbest: int = flag(1, "hypotheses to print a sentence")
     max_len_a: float = flag(0.0, "longest output is a * source length + b: a")
     max_len_b: int = flag(200, "longest output is a * source length + b: b")
-    min_len: int = flag(1, "shortest output, in tokens, </s> included")
+    min_len: int = flag(1, "shortest output, in tokens before </s>")
     lenpen: float = flag(1.0, "length penalty: below 1 favours shorter, above 1 longer outputs")
     unkpen: float = flag(0.0, "penalty of <unk>: above 0 gives fewer")
     unnormalized: bool = flag(False, "compare hypotheses by their summed score, not by length-normalised ones")
@@ -221,7 +221,11 @@ class OutputConfig:
     """Text in and out of the model's tokens."""
 
     post_process: str | None = flag(
-        None, "undo this subword segmentation in the output", "--remove-bpe", choices=POST_PROCESSORS
+        None,
+        "undo this subword segmentation in the output (alone: subword_nmt)",
+        "--remove-bpe",
+        choices=POST_PROCESSORS,
+        const="subword_nmt",
     )
     tokenizer: str | None = flag(None, "detokenise output (and tokenise raw input)", choices=("moses", "space"))
     bpe: str | None = flag(None, "apply this segmentation to raw input", choices=("subword_nmt", "sentencepiece"))

@@ -189,8 +189,9 @@ def batch_losses(
 
 def batch_sums(batch: Batch, loss: Tensor, nll: Tensor) -> Tensor:
     """A batch's statistics in the order of SUMS, float64."""
-    counts = torch.tensor([batch["ntokens"], batch["nsentences"]], dtype=torch.float64, device=loss.device)
-    return torch.cat([torch.stack([loss, nll]).double(), counts])
+    # filled on the device: copying a tensor there would wait for all work queued so far
+    counts = [torch.full_like(loss, batch[key]) for key in ("ntokens", "nsentences")]
+    return torch.stack([loss, nll, *counts]).double()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

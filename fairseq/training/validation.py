@@ -112,7 +112,7 @@ class Validator:
             for translation in translate_dataset([self.model], self._read(name), self._generation, self.args.seed):
                 best = self._text.hypothesis(translation.hypotheses[0], self._text.words(translation.src_tokens))
                 assert translation.target is not None
-                reference = self._text.decode(self._text.target(translation.target))
+                reference = self._text.target(translation.target)
                 pairs.append((reference, self._text.decode(best)))
         if self.args.eval_bleu_print_samples and pairs and self.world.is_master:
             print(f"example hypothesis: {pairs[0][1]}\nexample reference: {pairs[0][0]}", flush=True)
@@ -130,7 +130,5 @@ def _generation_config(settings: dict[str, Any]) -> GenerationConfig:
     known = {field.name for field in fields(GenerationConfig)}
     unknown = sorted(settings.keys() - known)
     if unknown:
-        raise FairseqError(
-            f"--eval-bleu-args: '{unknown[0]}' is no generation setting (some are: beam, lenpen)"
-        )
+        raise FairseqError(f"--eval-bleu-args: '{unknown[0]}' is no generation setting (some are: beam, lenpen)")
     return GenerationConfig(**settings)

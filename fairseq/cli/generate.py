@@ -1,0 +1,168 @@
+"""``fairseq-generate``: translate a subset of a data-bin, and score the result."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from tqdm import tqdm
+
+from fairseq.cli import command
+from fairseq.data.batching import iterate_batches, make_batches
+from fairseq.data.encoders import TextPipeline, make_text_pipeline
+from fairseq.data.translation import TranslationData
+from fairseq.errors import FairseqError
+from fairseq.generation.constraints import check_generation_config
+from fairseq.generation.output import TextFormat, load_alignment_dictionary
+from fairseq.generation.scoring import Scorer
+from fairseq.generation.translate import (
+    DEFAULT_MAX_TOKENS,
+    longest_target,
+    open_models_and_data,
+    translate_dataset,
+)
+from fairseq.options import GENERATE_SECTIONS, GenerationConfig, make_parser, parse_args, section
+from fairseq.training.distributed import choose_device
+from fairseq.training.logging import choose_log_format
+from fairseq.utils.io import atomic_write
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def parse_generation_args(
+    prog: str, description: str, sections: tuple[tuple[type, str], ...], argv: list[str] | None
+) -> Namespace:
+    """Parse a command that translates. Exits with status 2 on flags that are out of range or contradict each other."""
+    args = parse_args(prog, description, sections, argv)
+    try:
+        check_generation_config(section(GenerationConfig, args))
+        if not args.path:
+            raise FairseqError("--path FILE is missing: the checkpoint to translate with")
+        if args.fp16 and args.bf16:
+            raise FairseqError("--fp16 and --bf16 contradict each other; give one")
+        for name in ("max_tokens", "batch_size", "required_batch_size_multiple", "log_interval"):
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                raise FairseqError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    except FairseqError as error:
+        make_parser(prog, description, sections).error(str(error))
+    return args
+
+
+def text_pipeline(args: Namespace, data: TranslationData) -> TextPipeline:
+    """The raw-text encoder and decoder that ``--tokenizer`` and ``--bpe`` name."""
+    return make_text_pipeline(
+        args.tokenizer,
+        args.bpe,
+        source_lang=data.source_lang,
+        target_lang=data.target_lang,
+        bpe_codes=args.bpe_codes,
+        sentencepiece_model=args.sentencepiece_model,
+    )
+
+
+def text_format(args: Namespace, data: TranslationData, pipeline: TextPipeline) -> TextFormat:
+    """How the flags want ids printed."""
+    return TextFormat(
+        data.src_dict,
+        data.tgt_dict,
+        post_process=args.post_process,
+        decode=pipeline.decode,
+        print_alignment=args.print_alignment,
+        alignment_dictionary=None if args.replace_unk is None else load_alignment_dictionary(args.replace_unk),
+    )
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Parse, translate, print."""
+    description = "Translate a subset of a data-bin with beam search or sampling, and score the result."
+    args = parse_generation_args("fairseq-generate", description, GENERATE_SECTIONS, argv)
+    with _open_results(args) as out:
+        result = _generate(args, out)
+        if result is not None:
+            print(result, file=out)
+    if result is not None and args.results_path is not None:
+        print(result)
+
+
+@contextlib.contextmanager
+def _open_results(args: Namespace) -> Iterator[IO[Any]]:
+    """Standard output, or the file in ``--results-path``, which appears when all is done."""
+    if args.results_path is None:
+        yield sys.stdout
+        return
+    shard = f".shard{args.shard_id}" if args.num_shards > 1 else ""
+    path = Path(args.results_path) / f"generate-{args.gen_subset}{shard}.txt"
+    with atomic_write(path) as out:
+        yield out
+    logger.info(f"wrote {path}")
+
+
+def _generate(args: Namespace, out: IO[Any]) -> str | None:
+    """Print all translations to ``out``; returns the line with the score, None where there is nothing to score."""
+    cfg: GenerationConfig = section(GenerationConfig, args)
+    device = choose_device(args.cpu)
+    models, data = open_models_and_data(args, device)
+    text = text_format(args, data, text_pipeline(args, data))
+    scorer = Scorer(args.scoring)
+    dataset = data.load(args.gen_subset, need_target=False)
+    batches = make_batches(
+        dataset,
+        name=args.gen_subset,
+        max_tokens=DEFAULT_MAX_TOKENS if args.max_tokens is None and args.batch_size is None else args.max_tokens,
+        max_sentences=args.batch_size,
+        required_batch_size_multiple=args.required_batch_size_multiple,
+        max_positions=(data.config.max_source_positions, longest_target(models, args.max_target_positions)),
+        skip_invalid=args.skip_invalid_size_inputs_valid_test,
+        num_shards=args.num_shards,
+        shard_id=args.shard_id,
+    )
+    start, sentences, tokens = time.perf_counter(), 0, 0
+    read = iterate_batches(dataset, batches, args.num_workers, pin_memory=device.type == "cuda")
+    for translation in translate_dataset(models, _progress(read, len(batches), args), cfg, args.seed):
+        sentences += 1
+        tokens += len(translation.hypotheses[0].tokens)
+        src_words = text.words(translation.src_tokens)
+        if not args.quiet:
+            print(f"S-{translation.id}\t{text.source(translation.src_tokens)}", file=out)
+            if translation.target is not None:
+                print(f"T-{translation.id}\t{text.target(translation.target)}", file=out)
+            for hypothesis in translation.hypotheses:
+                print(*text.hypothesis_lines(translation.id, hypothesis, src_words), sep="\n", file=out)
+        if translation.target is not None:
+            best = text.decode(text.hypothesis(translation.hypotheses[0], src_words))
+            scorer.add(text.target(translation.target), best)
+    seconds = time.perf_counter() - start
+    logger.info("hypothesis and token scores are in base 2")
+    logger.info(
+        f"translated {sentences:,} sentences ({tokens:,} tokens) in {seconds:.1f}s "
+        f"({sentences / seconds:.2f} sentences/s, {tokens / seconds:.2f} tokens/s)"
+    )
+    if dataset.tgt is None or cfg.score_reference or sentences == 0:
+        return None
+    return f"Generate {args.gen_subset} with beam={cfg.beam}: {scorer.result_string()}"
+
+
+def _progress(batches: Iterable[T], total: int, args: Namespace) -> Iterator[T]:
+    """Yield ``batches``, showing how far it is as ``--log-format`` says."""
+    log_format = choose_log_format(args.log_format, args.no_progress_bar)
+    with tqdm(total=total, desc=f"generate {args.gen_subset}", leave=False, disable=log_format != "tqdm") as bar:
+        for number, batch in enumerate(batches, start=1):
+            yield batch
+            bar.update()
+            if number % args.log_interval == 0 and log_format == "simple":
+                logger.info(f"{args.gen_subset}: {number} of {total} batches")
+            elif number % args.log_interval == 0 and log_format == "json":
+                logger.info(f'{{"subset": "{args.gen_subset}", "batch": {number}, "batches": {total}}}')
+
+
+if __name__ == "__main__":
+    main(None)

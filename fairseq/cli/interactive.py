@@ -1,0 +1,124 @@
+"""``fairseq-interactive``: translate raw text, line by line, from standard input or a file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from typing import IO
+
+from torch import Tensor
+
+from fairseq.cli import command
+from fairseq.cli.generate import parse_generation_args, text_format, text_pipeline
+from fairseq.data.translation import TranslationData
+from fairseq.errors import FairseqError
+from fairseq.generation.output import TextFormat
+from fairseq.generation.translate import Translation, encode_source, open_models_and_data, translate_ids
+from fairseq.options import INTERACTIVE_SECTIONS, GenerationConfig, section
+from fairseq.training.distributed import choose_device
+
+logger = logging.getLogger(__name__)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Parse, read, translate, print."""
+    description = "Translate raw text, one sentence a line, from standard input or a file."
+    args = parse_generation_args("fairseq-interactive", description, INTERACTIVE_SECTIONS, argv)
+    cfg: GenerationConfig = section(GenerationConfig, args)
+    if cfg.prefix_size or cfg.score_reference:
+        raise FairseqError("--prefix-size and --score-reference need references; use fairseq-generate")
+    models, data = open_models_and_data(args, choose_device(args.cpu))
+    pipeline = text_pipeline(args, data)
+    text = text_format(args, data, pipeline)
+    with _open_input(args.input) as lines:
+        for buffer in _buffers(_decode(lines, args.input), max(args.buffer_size, 1)):
+            start = time.perf_counter()
+            words = {number: pipeline.encode(line).split() for number, line in buffer}
+            ids = _encode(words, data, args)
+            translations = translate_ids(
+                models,
+                list(ids.values()),
+                cfg,
+                ids=list(ids),
+                max_tokens=args.max_tokens,
+                batch_size=args.batch_size,
+                seed=args.seed,
+            )
+            seconds = time.perf_counter() - start
+            for translation in translations:
+                _print(translation, words[translation.id], text, seconds)
+            sys.stdout.flush()
+
+
+def _encode(words: dict[int, list[str]], data: TranslationData, args: Namespace) -> dict[int, Tensor]:
+    """Token ids of numbered sentences. One that is too long is an error, or left out with a warning."""
+    ids: dict[int, Tensor] = {}
+    for number, line in words.items():
+        try:
+            where = f"{_name(args.input)}, line {number + 1}"
+            ids[number] = encode_source(
+                line, data.src_dict, data.config.max_source_positions, where, args.truncate_source
+            )
+        except FairseqError as error:
+            if not args.skip_invalid_size_inputs_valid_test:
+                raise
+            logger.warning(f"left out: {error}")
+    return ids
+
+
+def _print(translation: Translation, src_words: list[str], text: TextFormat, seconds: float) -> None:
+    print(f"S-{translation.id}\t{text.source(translation.src_tokens)}")
+    print(f"W-{translation.id}\t{seconds:.3f}\tseconds")
+    for hypothesis in translation.hypotheses:
+        print(*text.hypothesis_lines(translation.id, hypothesis, src_words), sep="\n")
+
+
+def _name(path: str) -> str:
+    return "standard input" if path == "-" else path
+
+
+@contextlib.contextmanager
+def _open_input(path: str) -> Iterator[IO[bytes]]:
+    if path == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        handle = open(path, "rb")  # noqa: SIM115  (closed below; an error in the caller's block is not about this file)
+    except OSError as error:
+        raise FairseqError(f"--input {path}: cannot read: {error.strerror}") from error
+    with handle:
+        yield handle
+
+
+def _decode(lines: Iterable[bytes], path: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise FairseqError(f"{_name(path)}, line {number}: not valid UTF-8 ({error.reason})") from None
+
+
+def _buffers(lines: Iterator[str], size: int) -> Iterator[list[tuple[int, str]]]:
+    """Numbered lines, ``size`` at a time. Those before a bad line are not lost with it."""
+    buffer: list[tuple[int, str]] = []
+    try:
+        for numbered in enumerate(lines):
+            buffer.append(numbered)
+            if len(buffer) == size:
+                yield buffer
+                buffer = []
+    except FairseqError:
+        if buffer:
+            yield buffer
+        raise
+    if buffer:
+        yield buffer
+
+
+if __name__ == "__main__":
+    main(None)

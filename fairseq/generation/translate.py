@@ -1,0 +1,231 @@
+"""From batches, or raw token ids, to translations: what the commands, validation and the Python interface share."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq.checkpoint import build_from_checkpoint, check_dictionaries, load_checkpoint
+from fairseq.data.dictionary import Dictionary
+from fairseq.data.translation import Batch, TranslationData
+from fairseq.errors import FairseqError
+from fairseq.generation.beam_search import Hypothesis, beam_search
+from fairseq.generation.constraints import EOS, PAD
+from fairseq.generation.score_reference import score_reference
+from fairseq.models.transformer import Transformer
+from fairseq.options import DataConfig, GenerationConfig, section
+
+DEFAULT_MAX_TOKENS = 12000  # source tokens in a batch when neither --max-tokens nor --batch-size is given
+
+
+@dataclass
+class Translation:
+    """One sentence. All tensors are on the CPU.
+
+    id: its number in the data set. src_tokens: (src_len,) and target: (tgt_len,) or None, without padding. hypotheses:
+    best first, at most ``--nbest``; with ``--score-reference`` the reference alone.
+    """
+
+    id: int
+    src_tokens: Tensor
+    target: Tensor | None
+    hypotheses: list[Hypothesis]
+
+
+def load_ensemble(
+    paths: Sequence[str],
+    overrides: dict[str, Any] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    fp16: bool = False,
+    bf16: bool = False,
+) -> tuple[list[Transformer], dict[str, Any]]:
+    """The models of one or more checkpoints, in eval mode on ``device``, and the settings of the first.
+
+    Raises FairseqError when one cannot be read, their dictionaries differ in size, or the precision is impossible.
+    """
+    device = torch.device(device)
+    if fp16 and bf16:
+        raise FairseqError("--fp16 and --bf16 contradict each other; give one")
+    if fp16 and device.type == "cpu":
+        raise FairseqError("--fp16 needs a GPU; on the CPU use --bf16 or float32")
+    if "" in paths:
+        raise FairseqError(f"--path {':'.join(paths)}: name a checkpoint, or several with a colon between them")
+    states = [load_checkpoint(part) for part in paths]
+    models = [build_from_checkpoint(state, part, overrides) for state, part in zip(states, paths, strict=True)]
+    sizes = [(m.encoder.embed_tokens.num_embeddings, m.decoder.embed_tokens.num_embeddings) for m in models]
+    for part, size in zip(paths, sizes, strict=True):
+        if size != sizes[0]:
+            raise FairseqError(
+                f"{part} has dictionaries of {size[0]} and {size[1]} entries, {paths[0]} of {sizes[0][0]} and "
+                f"{sizes[0][1]}; an ensemble needs models of the same data"
+            )
+    dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
+    return [model.to(device=device, dtype=dtype).eval() for model in models], states[0]["args"]
+
+
+def without_padding(tokens: Tensor) -> Tensor:
+    """The tokens of one row, (length,), that are no padding."""
+    return tokens[tokens.ne(PAD)]
+
+
+def pad_rows(rows: Sequence[Tensor], left: bool = False) -> Tensor:
+    """One-dimensional tensors as a (rows, longest) batch."""
+    width = max((len(row) for row in rows), default=0)
+    batch = torch.full((len(rows), width), PAD)
+    for i, row in enumerate(rows):
+        batch[i, width - len(row) if left else 0 :][: len(row)] = row
+    return batch
+
+
+def needs_attention(cfg: GenerationConfig) -> bool:
+    """Whether the output needs to know which source token each target token attends to."""
+    return cfg.print_alignment or cfg.replace_unk is not None
+
+
+def translate_batch(
+    models: Sequence[Transformer], batch: Batch, cfg: GenerationConfig, seed: int = 1
+) -> list[Translation]:
+    """Translate one batch of a ``LanguagePairDataset`` on the models' device; results in the batch's order.
+
+    Prefixes (``--prefix-size``) and references (``--score-reference``) come from its target. Raises FairseqError when
+    they are needed and there is none, and as ``beam_search`` does.
+    """
+    device = next(models[0].parameters()).device
+    src_tokens, ids = batch["net_input"]["src_tokens"], batch["id"].tolist()
+    sources = [without_padding(row) for row in src_tokens]
+    targets = None if batch["target"] is None else [without_padding(row) for row in batch["target"]]
+    if targets is None and (cfg.score_reference or cfg.prefix_size > 0):
+        wanted = "--score-reference" if cfg.score_reference else "--prefix-size"
+        raise FairseqError(f"{wanted} needs references, and there are none here")
+    src_tokens = src_tokens.to(device, non_blocking=True)
+    if cfg.score_reference and targets is not None:
+        hypotheses = score_reference(models, src_tokens, targets, needs_attention(cfg))
+    else:
+        prefix = None
+        if cfg.prefix_size > 0 and targets is not None:
+            prefix = pad_rows([target[: cfg.prefix_size] for target in targets]).to(device)
+        hypotheses = beam_search(
+            models, src_tokens, cfg, ids=ids, prefix_tokens=prefix, seed=seed, need_attn=needs_attention(cfg)
+        )
+    return [
+        Translation(ids[i], sources[i], None if targets is None else targets[i], hypotheses[i][: cfg.nbest])
+        for i in range(len(ids))
+    ]
+
+
+def translate_dataset(
+    models: Sequence[Transformer], batches: Iterable[Batch], cfg: GenerationConfig, seed: int = 1
+) -> Iterator[Translation]:
+    """Translate batches one after the other; yields every sentence once, in the order of the batches."""
+    for batch in batches:
+        yield from translate_batch(models, batch, cfg, seed)
+
+
+def translate_ids(
+    models: Sequence[Transformer],
+    sentences: Sequence[Tensor],
+    cfg: GenerationConfig,
+    *,
+    ids: Sequence[int] | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 1,
+) -> list[Translation]:
+    """Translate sentences of token ids, (src_len,) each with ``</s>`` at the end; results in the order given.
+
+    ids: their numbers (default: 0, 1, ...).
+    A sentence of ``</s>`` alone has itself as its translation, with score 0: no model knows what to do with it. Batches
+    hold sentences of like length, at most ``max_tokens`` source tokens (and always one sentence) and ``batch_size``
+    sentences.
+    """
+    numbers = range(len(sentences)) if ids is None else ids
+    empty = torch.tensor([EOS])
+    results = {
+        i: Translation(numbers[i], source, None, [Hypothesis(empty, 0.0, torch.zeros(1), torch.ones(1, 1))])
+        for i, source in enumerate(sentences)
+        if len(source) <= 1
+    }
+    waiting = sorted((i for i in range(len(sentences)) if i not in results), key=lambda i: len(sentences[i]))
+    budget = DEFAULT_MAX_TOKENS if max_tokens is None and batch_size is None else max_tokens
+    while waiting:
+        size = batch_size or len(waiting)
+        while budget is not None and size > 1 and len(sentences[waiting[min(size, len(waiting)) - 1]]) * size > budget:
+            size -= 1
+        chosen, waiting = waiting[:size], waiting[size:]
+        src_tokens = pad_rows([sentences[i] for i in chosen], left=True)
+        batch: Batch = {
+            "id": torch.tensor([numbers[i] for i in chosen]),
+            "nsentences": len(chosen),
+            "ntokens": sum(len(sentences[i]) for i in chosen),
+            "net_input": {
+                "src_tokens": src_tokens,
+                "src_lengths": src_tokens.ne(PAD).sum(1),
+                "prev_output_tokens": torch.full((len(chosen), 1), EOS),
+            },
+            "target": None,
+        }
+        results |= dict(zip(chosen, translate_batch(models, batch, cfg, seed), strict=True))
+    return [results[i] for i in range(len(sentences))]
+
+
+def open_models_and_data(args: Namespace, device: str | torch.device) -> tuple[list[Transformer], TranslationData]:
+    """The models of ``args.path`` and the data-bin ``args.data``, checked against each other.
+
+    Languages come from ``-s`` and ``-t``, else from the first checkpoint if the data-bin has dictionaries of that name,
+    else from the data-bin's file names. Raises FairseqError when anything is missing or does not fit.
+    """
+    paths = args.path.split(":")
+    models, settings = load_ensemble(paths, args.model_overrides, device=device, fp16=args.fp16, bf16=args.bf16)
+    config: DataConfig = section(DataConfig, args)
+    config = replace(config, max_source_positions=longest_source(models, config.max_source_positions))
+    if not config.source_lang and not config.target_lang:
+        known = languages_of(settings, config.data.split(":")[0])
+        if known is not None:
+            config = replace(config, source_lang=known[0], target_lang=known[1])
+    data = TranslationData.open(config)
+    languages = {"source_lang": data.source_lang, "target_lang": data.target_lang}
+    for model, path in zip(models, paths, strict=True):
+        check_dictionaries(model, languages, path, config.data.split(":")[0])
+    return models, data
+
+
+def languages_of(settings: dict[str, Any], data_dir: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """Source and target language in a checkpoint's settings, if ``data_dir`` has a dictionary of both."""
+    src, tgt = settings.get("source_lang"), settings.get("target_lang")
+    if src and tgt and all(os.path.isfile(os.path.join(data_dir, f"dict.{lang}.txt")) for lang in (src, tgt)):
+        return src, tgt
+    return None
+
+
+def longest_source(models: Sequence[Transformer], limit: int = 2**30) -> int:
+    """The most source tokens, ``</s>`` included, that all models read, and at most ``limit``."""
+    return min(limit, *(model.cfg.max_source_positions for model in models))
+
+
+def longest_target(models: Sequence[Transformer], limit: int = 2**30) -> int:
+    """The most target tokens, ``</s>`` included, that all models can have, and at most ``limit``."""
+    return min(limit, *(model.cfg.max_target_positions for model in models))
+
+
+def encode_source(
+    words: Sequence[str], dictionary: Dictionary, longest: int, where: str, truncate: bool = False
+) -> Tensor:
+    """Ids of a raw sentence's tokens and ``</s>``: (src_len,).
+
+    truncate: cut it to ``longest`` ids; otherwise one that is longer raises FairseqError, in which it is ``where``.
+    """
+    ids = [*(dictionary.index(word) for word in words), EOS]
+    if len(ids) > longest:
+        if not truncate:
+            raise FairseqError(
+                f"{where}: {len(ids):,} tokens, and the model reads at most {longest:,}; split the sentence"
+            )
+        ids[longest - 1 :] = [EOS]
+    return torch.tensor(ids)

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Set up .venv, then lint, format check, type check and all tests. Arguments go to pytest: scripts/test.sh -m 'not slow'
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+echo "== ruff check";  ruff check .
+echo "== ruff format"; ruff format --check .
+echo "== mypy";        mypy
+echo "== pytest";      python -m pytest "$@"

@@ -1,0 +1,120 @@
+"""``TransformerModel.from_pretrained(...).translate(...)``."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fairseq.errors import FairseqError
+from fairseq.models import TransformerModel
+from tests.toys import toy_model, toy_sentences, write_toy_checkpoint, write_toy_databin
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A directory with a model and its dictionaries, and a data-bin ``bin`` beside them."""
+    write_toy_checkpoint(toy_model(), tmp_path / "model.pt")
+    write_toy_databin(tmp_path / "bin")
+    for language in ("xx", "yy"):
+        shutil.copy(tmp_path / "bin" / f"dict.{language}.txt", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def reference(shared):
+    """The saved output of the original, number -> (source, hypothesis), without escaped or unknown words."""
+    lines = (shared / "reference" / "fairseq012_tiny.generate.txt").read_text(encoding="utf-8").splitlines()
+    found: dict[str, dict[int, str]] = {"S": {}, "H": {}}
+    for line in lines:
+        if match := re.match(r"([SH])-(\d+)\t(?:-[0-9.]+\t)?(.*)", line):
+            found[match[1]][int(match[2])] = match[3]
+    return {i: (s, found["H"][i]) for i, s in found["S"].items() if "&" not in s and "<unk>" not in s}
+
+
+def test_translates_as_the_original(shared, reference):
+    model = TransformerModel.from_pretrained(
+        shared / "reference",
+        checkpoint_file="fairseq012_tiny.pt",
+        data_name_or_path="multi30k-databin",
+        bpe="subword_nmt",
+        bpe_codes="multi30k-databin/bpe.codes",
+    )
+    numbers = sorted(reference)[:30]
+    sources, expected = zip(*(reference[i] for i in numbers), strict=True)
+    assert model.translate(list(sources)) == list(expected)
+    assert model.translate(sources[0]) == expected[0]
+    assert model.translate(sources[0], beam=5, lenpen=1.0, max_len_b=100) == expected[0]
+
+
+def test_batches_blanks_and_order(directory):
+    model = TransformerModel.from_pretrained(directory)
+    sentences = [" ".join(words) for words in toy_sentences(8)]
+    sentences[2] = "  "
+    together = model.translate(sentences, max_len_b=9)
+    assert together[2] == ""
+    assert together == [model.translate(s, max_len_b=9) for s in sentences]
+    assert together == model.translate(sentences, max_len_b=9, batch_size=3)
+    assert together == model.translate(sentences, max_len_b=9, max_tokens=8)
+    assert model.translate([]) == []
+
+
+def test_settings_reach_the_search(directory):
+    model = TransformerModel.from_pretrained(directory, data_name_or_path="bin")
+    assert len(model.translate("a b c", beam=2, min_len=6, max_len_b=6).split()) == 6
+    sample = {"sampling": True, "sampling_topk": 8, "beam": 1, "max_len_b": 30, "min_len": 30}
+    assert model.translate("a b", seed=1, **sample) == model.translate("a b", seed=1, **sample)
+    assert model.translate("a b", seed=1, **sample) != model.translate("a b", seed=2, **sample)
+
+
+def test_ensemble_absolute_data_path_and_languages(directory):
+    write_toy_checkpoint(toy_model(2), directory / "other.pt")
+    both = TransformerModel.from_pretrained(
+        directory, "model.pt:other.pt", directory / "bin", source_lang="yy", target_lang="xx", tokenizer="moses"
+    )
+    assert len(both.models) == 2
+    assert isinstance(both.translate("a b"), str)
+
+
+def test_moving_models(directory):
+    model = TransformerModel.from_pretrained(directory)
+    assert model.to(dtype=torch.bfloat16) is model
+    assert next(model.models[0].parameters()).dtype == torch.bfloat16
+    assert model.to("cpu").device == torch.device("cpu")
+    assert isinstance(model.translate("a b"), str)
+
+
+def test_overrides(directory):
+    model = TransformerModel.from_pretrained(directory, activation_fn="gelu")
+    assert model.models[0].cfg.activation_fn == "gelu"
+
+
+def test_errors(directory):
+    load = TransformerModel.from_pretrained
+    with pytest.raises(FairseqError, match="no such file"):
+        load(directory, "none.pt")
+    with pytest.raises(FairseqError, match="'activation' is no setting of a Transformer"):
+        load(directory, activation="gelu")
+    with pytest.raises(FairseqError, match=r"no such data-bin|dict\.xx\.txt"):
+        load(directory, data_name_or_path="nowhere")
+    with pytest.raises(FairseqError, match="--bpe-codes"):
+        load(directory, bpe="subword_nmt")
+    model = load(directory)
+    with pytest.raises(FairseqError, match="'lenpenalty' is no setting of the search"):
+        model.translate("a", lenpenalty=1)
+    with pytest.raises(FairseqError, match="--beam 0"):
+        model.translate("a", beam=0)
+    with pytest.raises(FairseqError, match="sentence 1: 1,025 tokens"):
+        model.translate(["a", "b " * 1024])
+
+
+def test_importing_models_is_light():
+    code = (
+        "import sys, fairseq.models; print([m for m in sys.modules if m.startswith('fairseq.') and 'models' not in m])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]"
