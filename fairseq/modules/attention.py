@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# cuDNN's attention builds a plan for every new shape, which in translation is nearly every batch and decoding step
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 class MultiheadAttention(nn.Module):
     """Scaled dot-product attention over ``num_heads`` heads, batch first.
