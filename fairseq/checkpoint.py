@@ -34,7 +34,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     for name, tensor in state["model"].items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise FairseqError(f"checkpoint {path}: 'model' holds something that is no named tensor")
-    return state | {"args": _settings(state, path)}
+    try:
+        return state | {"args": _settings(state, path)}
+    except RecursionError:
+        raise FairseqError(f"checkpoint {path}: its settings contain themselves") from None
 
 
 def _settings(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
@@ -84,7 +87,7 @@ def build_from_checkpoint(
         model = Transformer(cfg, src_vocab, tgt_vocab)
     except KeyError as error:
         raise FairseqError(f"checkpoint {path}: no parameter {error}; is it a Transformer for translation?") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, IndexError, MemoryError) as error:
         raise FairseqError(f"checkpoint {path}: its settings make no Transformer: {error}") from error
     load_parameters(model, parameters, path)
     return model.eval()
@@ -94,10 +97,10 @@ def load_parameters(model: Transformer, parameters: dict[str, Tensor], path: str
     """Fill ``model`` with ``parameters`` (our names). Raises FairseqError naming what does not fit."""
     own = model.state_dict()
     missing, extra = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys())
-    if missing or extra:
-        parts = [f"lacks {missing[0]} and {len(missing) - 1} more"] * bool(missing)
-        parts += [f"has {extra[0]} and {len(extra) - 1} more that the model has not"] * bool(extra)
-        raise FairseqError(f"checkpoint {path} does not fit the model: it {'; it '.join(parts)}")
+    if missing:
+        raise FairseqError(f"checkpoint {path} does not fit the model: it lacks {_some(missing)}")
+    if extra:
+        raise FairseqError(f"checkpoint {path} does not fit the model, which has no {_some(extra)}")
     for name, tensor in own.items():
         if tensor.shape != parameters[name].shape:
             raise FairseqError(
@@ -105,6 +108,10 @@ def load_parameters(model: Transformer, parameters: dict[str, Tensor], path: str
                 f"and {tuple(tensor.shape)} in the model"
             )
     model.load_state_dict(parameters)
+
+
+def _some(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def load_model(path: str | Path, data_dir: str | Path | None = None, device: str | torch.device = "cpu") -> Transformer:
@@ -132,3 +139,20 @@ def check_dictionaries(model: Transformer, args: dict[str, Any], path: str | Pat
                 f"checkpoint {path} was trained with a {side} dictionary of {embedding.num_embeddings} entries, but "
                 f"{file} has {len(Dictionary.load(file))}; use the data-bin it was trained on"
             )
+
+
+def check_languages(args: dict[str, Any], source_lang: str, target_lang: str, path: str | Path) -> None:
+    """Raise FairseqError when a checkpoint of settings ``args`` translates the other way round."""
+    if source_lang != target_lang and (args.get("source_lang"), args.get("target_lang")) == (target_lang, source_lang):
+        raise FairseqError(
+            f"checkpoint {path} translates {target_lang}-{source_lang}, not {source_lang}-{target_lang}; "
+            "swap --source-lang and --target-lang"
+        )
+
+
+def updates_of(state: dict[str, Any]) -> int:
+    """How many updates a checkpoint was trained for; 0 if it does not say."""
+    try:
+        return int(state["optimizer_history"][-1]["num_updates"])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        return 0

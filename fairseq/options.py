@@ -24,30 +24,33 @@ from fairseq.registry import (
 from fairseq.utils.flags import add_flags, flag, from_namespace
 
 LOG_FORMATS = ("simple", "json", "tqdm", "none")
+LAST = "checkpoint_last.pt"
+METRICS = ("loss", "nll_loss", "ppl", "bleu")
 POST_PROCESSORS = ("subword_nmt", "@@ ", "sentencepiece")
 
 
 @dataclass
 class CommonConfig:
-    """Logging, devices and precision: every command that runs a model has these."""
+    """Devices and precision: every command that runs a model has these."""
 
-    seed: int = flag(1, "seed of all random numbers")
+    seed: int = flag(1, "seed of all random numbers", least=0, below=2**63)
     cpu: bool = flag(False, "run on the CPU even when a GPU is there")
     fp16: bool = flag(False, "compute in float16 (training: with dynamic loss scaling)")
     bf16: bool = flag(False, "compute in bfloat16")
-    log_format: str | None = flag(
-        None,
-        "log lines as text, JSON, a progress bar or not at all (default: bar on a terminal, else simple)",
-        choices=LOG_FORMATS,
-    )
-    log_interval: int = flag(100, "log every N batches")
-    no_progress_bar: bool = flag(False, "text lines instead of a progress bar")
     user_dir: str | None = flag(
-        None,
-        "import the Python package in this directory, which may register architectures and more; "
-        "the one flag that runs code from a file",
-        metavar="DIR",
+        None, "run the Python package in this directory, which may register architectures and more", metavar="DIR"
     )
+
+
+@dataclass
+class LogConfig:
+    """Progress."""
+
+    log_format: str | None = flag(
+        None, "how to log progress (default: tqdm, a bar, on a terminal, else simple)", choices=LOG_FORMATS
+    )
+    log_interval: int = flag(100, "log every N batches", least=1)
+    no_progress_bar: bool = flag(False, "text lines instead of a progress bar")
 
 
 @dataclass
@@ -57,13 +60,13 @@ class TrainLogConfig:
     log_file: str | None = flag(None, "append the log to this file too", metavar="FILE")
     tensorboard_logdir: str | None = flag(None, "write TensorBoard event files here", metavar="DIR")
     wandb_project: str | None = flag(None, "log to this Weights & Biases project", metavar="NAME")
-    fp16_init_scale: int = flag(2**7, "first loss scale with --fp16")
+    fp16_init_scale: int = flag(2**7, "first loss scale with --fp16", least=1)
     fp16_scale_window: int | None = flag(
-        None, "updates without overflow before the loss scale doubles (default: 2^14 / GPUs / update-freq)"
+        None, "updates without overflow before the loss scale doubles (default: 2^14 / GPUs / update-freq)", least=1
     )
-    fp16_scale_tolerance: float = flag(0.0, "share of overflows in a window tolerated before the scale halves")
-    min_loss_scale: float = flag(1e-4, "stop training when the loss scale falls below this")
-    threshold_loss_scale: float | None = flag(None, "never lower the loss scale below this")
+    fp16_scale_tolerance: float = flag(0.0, "share of overflows tolerated before the scale halves", least=0, most=1)
+    min_loss_scale: float = flag(1e-4, "stop training when the loss scale falls below this", least=0)
+    threshold_loss_scale: float | None = flag(None, "never lower the loss scale below this", least=0)
 
 
 @dataclass
@@ -71,41 +74,51 @@ class DataConfig:
     """What to translate: a data-bin and its two languages."""
 
     data: str = flag(
-        "", "data-bin made by fairseq-preprocess; several, colon-separated, rotate by epoch", positional=True
+        "", "data-bin made by fairseq-preprocess; of several, a:b:c, training reads one an epoch", positional=True
     )
     task: str = flag("translation", "the task", choices=("translation",))
     source_lang: str | None = flag(None, "source language", "-s", metavar="SRC")
     target_lang: str | None = flag(None, "target language", "-t", metavar="TGT")
     left_pad_source: bool = flag(True, "pad the source on the left")
-    max_source_positions: int = flag(1024, "longest source sentence, in tokens")
-    max_target_positions: int = flag(1024, "longest target sentence, in tokens")
+    max_source_positions: int = flag(1024, "longest source sentence, in tokens", least=1)
     truncate_source: bool = flag(False, "cut longer source sentences to --max-source-positions")
-    num_workers: int = flag(1, "processes that read and collate batches ahead (0: none)")
     skip_invalid_size_inputs_valid_test: bool = flag(
-        False, "leave out too long sentences of validation and test sets instead of stopping"
+        False, "leave out too long sentences of validation and test sets, or of raw text, instead of stopping"
     )
-    max_tokens: int | None = flag(None, "most tokens in a batch, padding included")
-    batch_size: int | None = flag(None, "most sentences in a batch", "--max-sentences")
-    required_batch_size_multiple: int = flag(8, "batch sizes are multiples of this where possible")
+    max_tokens: int | None = flag(None, "most tokens in a batch, padding included", least=1)
+    batch_size: int | None = flag(None, "most sentences in a batch", "--max-sentences", least=1)
+
+
+@dataclass
+class SubsetConfig:
+    """How the subsets of a data-bin are read."""
+
+    max_target_positions: int = flag(1024, "longest target sentence, in tokens", least=1)
+    num_workers: int = flag(1, "processes that read and collate batches ahead (0: none)", least=0)
+    required_batch_size_multiple: int = flag(8, "batch sizes are multiples of this where possible", least=1)
 
 
 @dataclass
 class TrainDataConfig:
-    """Subsets and validation."""
+    """Which subset to train on, and when to validate."""
 
     train_subset: str = flag("train", "subset to train on", metavar="SPLIT")
-    valid_subset: str = flag("valid", "subsets to validate on, comma-separated", metavar="SPLIT")
-    validate_interval: int = flag(1, "validate every N epochs")
-    validate_interval_updates: int = flag(0, "validate every N updates too")
+    validate_interval: int = flag(1, "validate every N epochs", least=1)
+    validate_interval_updates: int = flag(0, "validate every N updates too", least=0)
     disable_validation: bool = flag(False, "do not validate")
-    max_tokens_valid: int | None = flag(None, "most tokens in a validation batch (default: --max-tokens)")
+
+
+@dataclass
+class ValidationConfig:
+    """What to measure, and on which subsets."""
+
+    valid_subset: str = flag("valid", "subsets to validate on, comma-separated", metavar="SPLIT")
+    max_tokens_valid: int | None = flag(None, "most tokens in a validation batch (default: --max-tokens)", least=1)
     batch_size_valid: int | None = flag(
-        None, "most sentences in a validation batch (default: --batch-size)", "--max-sentences-valid"
+        None, "most sentences in a validation batch (default: --batch-size)", "--max-sentences-valid", least=1
     )
     eval_bleu: bool = flag(False, "translate the validation set and report BLEU")
-    eval_bleu_args: dict[str, Any] | None = flag(
-        None, 'generation flags for --eval-bleu as JSON, such as \'{"beam": 4, "lenpen": 0.6}\''
-    )
+    eval_bleu_args: dict[str, Any] | None = flag(None, 'search of --eval-bleu as JSON: \'{"beam": 4, "lenpen": 0.6}\'')
     eval_bleu_detok: str = flag("space", "detokeniser of --eval-bleu", choices=("space", "moses"))
     eval_bleu_remove_bpe: str | None = flag(None, "undo this subword segmentation before BLEU", choices=POST_PROCESSORS)
     eval_tokenized_bleu: bool = flag(False, "BLEU on tokens as they are, without sacrebleu's own tokeniser")
@@ -119,8 +132,8 @@ class ComponentConfig:
     arch: str = flag("transformer", "model architecture", "-a", choices=ARCHITECTURES.names)
     init_type: str = flag(
         "default",
-        "residual rule: default (Post-LN, or Pre-LN with --*-normalize-before), adaptive-profiling "
-        "(measure omega and stop), adaptive (train with omega: Admin)",
+        "residual rule: default (Post-LN, or Pre-LN with --*-normalize-before), adaptive (Admin, starts from "
+        "--omega-file), adaptive-profiling (Admin: measure omega and stop)",
         choices=RESIDUAL_RULES.names,
     )
     omega_file: str = flag(
@@ -135,13 +148,13 @@ class ComponentConfig:
 class OptimizationConfig:
     """How long and how fast to train."""
 
-    max_epoch: int = flag(0, "stop after this epoch (0: no limit)")
-    max_update: int = flag(0, "stop after this many updates (0: no limit)")
+    max_epoch: int = flag(0, "stop after this epoch (0: no limit)", least=0)
+    max_update: int = flag(0, "stop after this many updates (0: no limit)", least=0)
     stop_min_lr: float = flag(-1.0, "stop when the learning rate falls to this", "--min-lr")
-    clip_norm: float = flag(0.0, "clip the gradient norm to this (0: do not clip)")
+    clip_norm: float = flag(0.0, "clip the gradient norm to this (0: do not clip)", least=0)
     sentence_avg: bool = flag(False, "normalise gradients by sentences instead of tokens")
-    update_freq: list[int] = flag([1], "batches a GPU adds up before an update; a list is by epoch: 4,2,1")
-    lr: list[float] = flag([0.25], "learning rate; a list is by epoch with --lr-scheduler fixed", "--learning-rate")
+    update_freq: list[int] = flag([1], "batches a process adds up before an update; a list is by epoch: 4,2,1", least=1)
+    lr: list[float] = flag([0.25], "learning rate; a list is by epoch (fixed)", "--learning-rate", least=0)
 
 
 @dataclass
@@ -149,26 +162,26 @@ class CheckpointConfig:
     """What to save, what to keep and what to start from."""
 
     save_dir: str = flag("checkpoints", "directory of the checkpoints", metavar="DIR")
-    restore_file: str = flag("checkpoint_last.pt", "checkpoint to continue from", metavar="FILE")
+    restore_file: str = flag(LAST, "checkpoint to continue from", metavar="FILE")
     finetune_from_model: str | None = flag(
         None, "start from this checkpoint's parameters alone, all else fresh", metavar="FILE"
     )
     reset_dataloader: bool = flag(False, "start the data from the first epoch, whatever the checkpoint says")
-    reset_lr_scheduler: bool = flag(False, "do not load the schedule's state")
+    reset_lr_scheduler: bool = flag(False, "start the schedule, and the count of updates, from 0")
     reset_meters: bool = flag(False, "do not load the best metric and the training clock")
-    reset_optimizer: bool = flag(False, "do not load the optimiser's state")
-    save_interval: int = flag(1, "save every N epochs")
-    save_interval_updates: int = flag(0, "save (and validate) every N updates too")
-    keep_interval_updates: int = flag(-1, "keep the last N of those (-1: all)")
-    keep_last_epochs: int = flag(-1, "keep the last N epoch checkpoints (-1: all)")
-    keep_best_checkpoints: int = flag(-1, "also keep the N best as checkpoint.best_METRIC_VALUE.pt (-1: none)")
+    reset_optimizer: bool = flag(False, "do not load the optimiser's state; start the schedule from 0")
+    save_interval: int = flag(1, "save every N epochs", least=1)
+    save_interval_updates: int = flag(0, "save (and validate) every N updates too", least=0)
+    keep_interval_updates: int = flag(-1, "keep the last N of those (-1: all)", least=-1)
+    keep_last_epochs: int = flag(-1, "keep the last N epoch checkpoints (-1: all)", least=-1)
+    keep_best_checkpoints: int = flag(-1, "also keep the N best as checkpoint.best_METRIC_VALUE.pt", least=-1)
     no_save: bool = flag(False, "save nothing")
     no_epoch_checkpoints: bool = flag(False, "save only the last and the best")
     no_last_checkpoints: bool = flag(False, "do not save checkpoint_last.pt")
     no_save_optimizer_state: bool = flag(False, "leave the optimiser's state out (training cannot resume)")
-    best_checkpoint_metric: str = flag("loss", "metric of checkpoint_best.pt: loss, nll_loss, ppl, bleu")
+    best_checkpoint_metric: str = flag("loss", "what the best checkpoint is best in", choices=METRICS)
     maximize_best_checkpoint_metric: bool = flag(False, "the largest value of that metric is the best")
-    patience: int = flag(-1, "stop after N validations without a better metric (-1: never)")
+    patience: int = flag(-1, "stop after N validations without a better metric (-1: never)", least=-1)
 
 
 @dataclass
@@ -176,15 +189,15 @@ class DistributedConfig:
     """Several processes. Under torchrun its environment decides."""
 
     distributed_world_size: int | None = flag(
-        None, "processes to train with on this machine (default: one a visible GPU, or 1 on the CPU)"
+        None, "processes to train with on this machine (default: one a visible GPU, or 1 on the CPU)", least=1
     )
-    distributed_port: int = flag(0, "port of the rendezvous (0: any free one)")
+    distributed_port: int = flag(0, "port of the rendezvous (0: any free one)", least=0, below=2**16)
     ddp_backend: str = flag(
         "pytorch_ddp",
         "gradient exchange; all names mean DistributedDataParallel",
         choices=("pytorch_ddp", "c10d", "no_c10d", "legacy_ddp"),
     )
-    bucket_cap_mb: int = flag(25, "size of a gradient bucket, in MiB")
+    bucket_cap_mb: int = flag(25, "size of a gradient bucket, in MiB", least=1)
 
 
 @dataclass
@@ -201,23 +214,26 @@ class GenerationConfig:
     unnormalized: bool = flag(False, "compare hypotheses by their summed score, not by length-normalised ones")
     match_source_len: bool = flag(False, "outputs exactly as long as the source")
     no_repeat_ngram_size: int = flag(0, "no n-gram of this size twice in an output")
-    prefix_size: int = flag(0, "force the first N tokens to be the reference's")
     sampling: bool = flag(False, "sample instead of searching")
     sampling_topk: int = flag(-1, "sample among the K likeliest tokens")
     sampling_topp: float = flag(-1.0, "sample among the likeliest tokens that together have this probability")
     temperature: float = flag(1.0, "divide logits by this: above 1 flattens the distribution")
-    score_reference: bool = flag(False, "do not search: score the reference")
     print_alignment: bool = flag(False, "print A- lines: source position of each output token, by attention")
     replace_unk: str | None = flag(
-        None,
-        "replace <unk> by the source word it attends to, through this dictionary if a file is given",
-        metavar="FILE",
-        const="",
+        None, "replace <unk> by the source word it attends to, translated if in this file", metavar="FILE", const=""
     )
 
 
 @dataclass
-class OutputConfig:
+class ReferenceConfig:
+    """What else the references serve for."""
+
+    prefix_size: int = flag(0, "force the first N tokens to be the reference's", least=0)
+    score_reference: bool = flag(False, "do not search: score the reference")
+
+
+@dataclass
+class TextConfig:
     """Text in and out of the model's tokens."""
 
     post_process: str | None = flag(
@@ -227,12 +243,12 @@ class OutputConfig:
         choices=POST_PROCESSORS,
         const="subword_nmt",
     )
-    tokenizer: str | None = flag(None, "detokenise output (and tokenise raw input)", choices=("moses", "space"))
-    bpe: str | None = flag(None, "apply this segmentation to raw input", choices=("subword_nmt", "sentencepiece"))
+    tokenizer: str | None = flag(None, "tokenise raw input, and detokenise D- lines", choices=("moses", "space"))
+    bpe: str | None = flag(
+        None, "segment raw input, and undo that in D- lines", choices=("subword_nmt", "sentencepiece")
+    )
     bpe_codes: str | None = flag(None, "merges of --bpe subword_nmt", metavar="FILE")
     sentencepiece_model: str | None = flag(None, "model of --bpe sentencepiece", metavar="FILE")
-    scoring: str = flag("bleu", "score: tokenised BLEU, sacrebleu, chrF", choices=("bleu", "sacrebleu", "chrf"))
-    quiet: bool = flag(False, "print the scores alone")
 
 
 @dataclass
@@ -245,12 +261,14 @@ class ModelPathConfig:
 
 @dataclass
 class GenerateDataConfig:
-    """Which part of the data-bin to translate, and where results go."""
+    """Which part of the data-bin to translate, how to score it, and where results go."""
 
     gen_subset: str = flag("test", "subset to translate", metavar="SPLIT")
-    num_shards: int = flag(1, "split the subset in N parts")
-    shard_id: int = flag(0, "translate this part, from 0")
+    num_shards: int = flag(1, "split the subset in N parts", least=1)
+    shard_id: int = flag(0, "translate this part, from 0", least=0)
     results_path: str | None = flag(None, "write generate-SPLIT.txt here instead of printing", metavar="DIR")
+    scoring: str = flag("bleu", "score: tokenised BLEU, sacrebleu, chrF", choices=("bleu", "sacrebleu", "chrf"))
+    quiet: bool = flag(False, "print the score alone")
 
 
 @dataclass
@@ -258,7 +276,33 @@ class InteractiveConfig:
     """Where ``fairseq-interactive`` reads from."""
 
     input: str = flag("-", "file of source sentences; - is standard input", metavar="FILE")
-    buffer_size: int = flag(0, "read N lines before translating them together (0 or 1: one by one)")
+    buffer_size: int = flag(0, "read N lines before translating them together (0 or 1: one by one)", least=0)
+
+
+@dataclass
+class ScoreConfig:
+    """What ``fairseq-score`` compares, and how."""
+
+    sys: str = flag("-", "translations, one a line; - is standard input", "-s", metavar="FILE")
+    ref: str = flag("", "references, one a line", "-r", metavar="FILE")
+    order: int = flag(4, "longest n-gram", "-o", least=1)
+    ignore_case: bool = flag(False, "compare in lower case")
+    sacrebleu: bool = flag(False, "score detokenised text with sacrebleu's tokeniser, and print its signature")
+    sentence_bleu: bool = flag(False, "a score for each line, smoothed by counting one match more from bigrams on")
+
+
+@dataclass
+class AverageConfig:
+    """What ``fairseq-average`` averages; ``--inputs``, which takes several values, is added to the parser by hand."""
+
+    output: str = flag("", "checkpoint to write", metavar="FILE")
+    num_epoch_checkpoints: int | None = flag(
+        None, "average the last N checkpointEPOCH.pt in the directory --inputs", least=1
+    )
+    num_update_checkpoints: int | None = flag(
+        None, "average the last N checkpoint_EPOCH_UPDATES.pt in the directory --inputs", least=1
+    )
+    checkpoint_upper_bound: int | None = flag(None, "with --num-*-checkpoints: none after this epoch or update")
 
 
 @dataclass
@@ -292,31 +336,43 @@ COMPONENTS: tuple[tuple[str, Registry[Any], str], ...] = (
 
 TRAIN_SECTIONS: tuple[tuple[type, str], ...] = (
     (DataConfig, "data and batches"),
-    (TrainDataConfig, "subsets and validation"),
+    (SubsetConfig, "reading"),
+    (TrainDataConfig, "training data"),
+    (ValidationConfig, "validation"),
     (ComponentConfig, "model, criterion, optimiser"),
     (OptimizationConfig, "optimisation"),
     (CheckpointConfig, "checkpoints"),
     (DistributedConfig, "several processes"),
     (CommonConfig, "common"),
+    (LogConfig, "progress"),
     (TrainLogConfig, "logs and loss scaling"),
 )
 GENERATE_SECTIONS: tuple[tuple[type, str], ...] = (
     (DataConfig, "data and batches"),
+    (SubsetConfig, "reading"),
     (ModelPathConfig, "model"),
-    (GenerateDataConfig, "subset"),
+    (GenerateDataConfig, "subset and score"),
     (GenerationConfig, "search"),
-    (OutputConfig, "text"),
+    (ReferenceConfig, "references"),
+    (TextConfig, "text"),
     (CommonConfig, "common"),
+    (LogConfig, "progress"),
 )
-INTERACTIVE_SECTIONS: tuple[tuple[type, str], ...] = tuple(
-    (InteractiveConfig, "input") if config is GenerateDataConfig else (config, title)
-    for config, title in GENERATE_SECTIONS
+INTERACTIVE_SECTIONS: tuple[tuple[type, str], ...] = (
+    (DataConfig, "data and batches"),
+    (ModelPathConfig, "model"),
+    (InteractiveConfig, "input"),
+    (GenerationConfig, "search"),
+    (TextConfig, "text"),
+    (CommonConfig, "common"),
 )
 VALIDATE_SECTIONS: tuple[tuple[type, str], ...] = (
     (DataConfig, "data and batches"),
+    (SubsetConfig, "reading"),
     (ModelPathConfig, "model"),
-    (TrainDataConfig, "subsets and validation"),
+    (ValidationConfig, "validation"),
     (CommonConfig, "common"),
+    (LogConfig, "progress"),
 )
 
 
@@ -359,11 +415,10 @@ def parse_train_args(argv: list[str] | None = None) -> argparse.Namespace:
     taken = set(vars(parser.parse_known_args(["-"])[0]))
     taken |= add_flags(parser, TransformerConfig, "architecture", suppress_defaults=True, skip=taken)
     wants_help = any(a in ("-h", "--help") for a in argv)
-    # A value error must not be reported before the parser is complete, so the choice is read by a bare parser.
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    defaults = ComponentConfig()
+    # An error must not be reported before the parser is complete, so the choice is read by a bare parser.
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, _, _ in COMPONENTS:
-        chooser.add_argument("--" + name.replace("_", "-"), default=getattr(defaults, name))
+        chooser.add_argument("--" + name.replace("_", "-"), nargs="?", default=getattr(ComponentConfig, name))
     chosen = chooser.parse_known_args(argv)[0]
     for name, registry, title in COMPONENTS:
         for entry in registry.names() if wants_help else [getattr(chosen, name)]:
@@ -371,26 +426,25 @@ def parse_train_args(argv: list[str] | None = None) -> argparse.Namespace:
             if config is not None:
                 taken |= add_flags(parser, config, f"{title} {entry}", skip=taken)
     args = parser.parse_args(argv)
-    settings = resolve_architecture(args.arch, vars(args))
-    for key, value in settings.items():
-        setattr(args, key, value)
+    vars(args).update(resolve_architecture(args.arch, vars(args)))
     _check_contradictions(parser, args)
     return args
 
 
 def _check_contradictions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.fp16 and args.bf16:
-        parser.error("--fp16 and --bf16 contradict each other; give one")
-    if args.max_tokens is None and args.batch_size is None:
-        parser.error("give --max-tokens or --batch-size")
-    for name in ("max_tokens", "batch_size", "required_batch_size_multiple", "log_interval"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if any(frequency < 1 for frequency in args.update_freq):
-        parser.error("--update-freq: must be at least 1")
-    if args.fp16 and args.cpu:
-        parser.error("--fp16 needs a GPU; on the CPU use --bf16 or float32")
+    bleu, largest = args.best_checkpoint_metric == "bleu", args.maximize_best_checkpoint_metric
+    finetunes = args.finetune_from_model is not None
+    for wrong, message in (
+        (args.fp16 and args.bf16, "--fp16 and --bf16 contradict each other; give one"),
+        (args.fp16 and args.cpu, "--fp16 needs a GPU; on the CPU use --bf16 or float32"),
+        (args.max_tokens is None and args.batch_size is None, "give --max-tokens or --batch-size"),
+        (bleu and not args.eval_bleu, "--best-checkpoint-metric bleu needs --eval-bleu"),
+        (bleu != largest, "bleu as --best-checkpoint-metric, and only bleu, needs --maximize-best-checkpoint-metric"),
+        (args.patience > 0 and args.disable_validation, "--patience needs validation; drop --disable-validation"),
+        (finetunes and args.restore_file != LAST, "--finetune-from-model contradicts --restore-file; give one"),
+    ):
+        if wrong:
+            parser.error(message)
 
 
 def section(config: type, args: argparse.Namespace) -> Any:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq.errors import FairseqError
-from fairseq.generation import beam_search as module
-from fairseq.generation.beam_search import Hypothesis, beam_search
+from fairseq.generation.beam_search import Hypothesis, beam_search, best_candidates
 from fairseq.generation.sampling import sample, sentence_noise, truncate
 from fairseq.generation.score_reference import score_reference
 from fairseq.models.transformer import Transformer
@@ -189,13 +188,20 @@ def test_max_len_is_bounded_by_the_model():
     assert {len(h.tokens) for h in found} == {6}
 
 
-def test_growing_caches_change_nothing(monkeypatch):
-    models, rows = [toy_model()], sources()
-    cfg = replace(BASE, min_len=20, max_len_b=24)
-    expected = beam_search(models, batch_of(rows), cfg)
-    monkeypatch.setattr(module, "FIRST_CAPACITY", 2)
-    found = beam_search(models, batch_of(rows), cfg)
-    assert [[h.tokens.tolist() for h in s] for s in found] == [[h.tokens.tolist() for h in s] for s in expected]
+@pytest.mark.parametrize("vocab", [4, 8, 9, 16, 44, 61])
+def test_best_candidates_are_those_of_a_whole_sort(vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    for beam in (1, 2, 5):
+        lprobs = torch.randn(7, beam, vocab, generator=generator)
+        lprobs[:, :, 1] = -math.inf
+        scores = torch.randn(7, beam, generator=generator)
+        scores[0, 1:] = -math.inf
+        totals, order = (lprobs + scores[:, :, None]).flatten(1).sort(dim=1, descending=True)
+        found, tokens, beams = best_candidates(lprobs, scores)
+        assert torch.equal(found, totals[:, : 2 * beam])
+        real = found.isfinite()
+        assert torch.equal((beams * vocab + tokens)[real], order[:, : 2 * beam][real])
+        assert tokens.max() < vocab and beams.max() < beam
 
 
 def test_attention_is_that_of_a_plain_forward_pass():
@@ -322,7 +328,6 @@ def test_sampled_scores_are_the_models_log_probabilities():
         ({"sampling_topk": 3}, "--sampling-topk needs --sampling"),
         ({"sampling_topp": 0.3}, "--sampling-topp needs --sampling"),
         ({"sampling": True, "sampling_topp": 1.3}, "--sampling-topp 1.3"),
-        ({"prefix_size": -1}, "--prefix-size"),
         ({"no_repeat_ngram_size": -1}, "--no-repeat-ngram-size"),
     ],
 )

@@ -38,6 +38,7 @@ def test_moses() -> None:
     assert pipeline.encode('Er sagte: "Ja & nein", z.B. E-Mail.') == (
         "Er sagte : &quot; Ja &amp; nein &quot; , z.B. E-Mail ."
     )
+    assert pipeline.decode_source("Er sagte : &quot; Ja &quot; , z.B .") == 'Er sagte: "Ja", z.B.'
     assert pipeline.decode("It &apos;s &quot; fine &quot; , isn &apos;t it ?") == "It's \"fine\", isn't it?"
 
 

@@ -293,7 +293,7 @@ def test_alignment_dictionary_errors(tmp_path):
 
 def test_lines_by_hand():
     words = toy_dictionary()
-    text = TextFormat(words, words, decode=str.upper, print_alignment=True)
+    text = TextFormat(words, words, decode=str.upper, decode_source=str.title, print_alignment=True)
     ids = torch.tensor([words.index("b"), 3, 2])
     found = Hypothesis(ids, -math.log(2), torch.tensor([-1.0, -2.0, -0.5]), torch.eye(3))
     assert text.hypothesis_lines(7, found, ["a", "?"]) == [
@@ -302,7 +302,7 @@ def test_lines_by_hand():
         "P-7\t-1.4427 -2.8854 -0.7213",
         "A-7\t0-0 1-1",
     ]
-    assert text.source(ids) == "B <UNK>"
+    assert text.source(ids) == "B <Unk>"
     assert text.target(ids) == "B <<UNK>>"
 
 
@@ -353,6 +353,7 @@ def test_errors_are_one_line(toy, capsys, tmp_path):
         ("name a checkpoint", databin, "--path", f"{path}:"),
         ("no split 'dev'", databin, "--path", path, "--gen-subset", "dev"),
         ("--shard-id 2", databin, "--path", path, "--num-shards", 2, "--shard-id", 2),
+        ("'layers' is no setting", databin, "--path", path, "--model-overrides", '{"layers": 2}'),
         ("--fp16 needs a GPU", databin, "--path", path, "--fp16"),
         ("--replace-unk", databin, "--path", path, "--replace-unk", tmp_path / "none"),
         ("--max-source-positions 3", databin, "--path", path, "--max-source-positions", 3),
@@ -368,7 +369,8 @@ def test_usage_errors(toy, capsys):
     assert_fails(capsys, 2, "--path FILE is missing", databin)
     assert_fails(capsys, 2, "--beam 0", databin, "--path", path, "--beam", 0)
     assert_fails(capsys, 2, "--nbest 9", databin, "--path", path, "--nbest", 9)
-    assert_fails(capsys, 2, "--batch-size 0", databin, "--path", path, "--batch-size", 0)
+    assert_fails(capsys, 2, "--batch-size", databin, "--path", path, "--batch-size", 0)
+    assert_fails(capsys, 2, "--prefix-size: -1", databin, "--path", path, "--prefix-size", -1)
     assert_fails(capsys, 2, "contradict", databin, "--path", path, "--fp16", "--bf16")
     assert_fails(capsys, 2, "--beem", databin, "--path", path, "--beem", 3)
 

@@ -58,6 +58,16 @@ def test_order_of_lines_and_blank_lines(toy, monkeypatch, capsys):
     assert re.fullmatch(r"W-0\t\d+\.\d{3}\tseconds", next(line for line in printed.splitlines() if line[0] == "W"))
 
 
+def test_padding_side_changes_nothing(toy, monkeypatch, capsys):
+    databin, path = toy
+    printed = []
+    for left in ("True", "False"):
+        stdin(monkeypatch, text_of(toy_sentences(6, 0)))
+        main([databin, "--path", path, "--buffer-size", "6", "--left-pad-source", left, *LIMIT])
+        printed.append([f[2] for f in fields(capsys.readouterr().out, "H")])
+    assert printed[0] == printed[1]
+
+
 def test_input_file_unknown_words_and_windows_line_ends(toy, capsys, tmp_path):
     databin, path = toy
     (tmp_path / "in.txt").write_bytes("a zebra b\r\nüber\r\n".encode())
@@ -141,10 +151,17 @@ def test_too_long_lines(toy, monkeypatch, capsys, tmp_path):
 def test_missing_input_and_references(toy, monkeypatch, capsys):
     databin, path = toy
     assert_fails(capsys, 1, "--input nowhere: cannot read", databin, "--path", path, "--input", "nowhere")
-    assert_fails(capsys, 1, "need references", databin, "--path", path, "--prefix-size", "1")
     assert_fails(capsys, 1, "--bpe-codes", databin, "--path", path, "--bpe", "subword_nmt")
     assert_fails(capsys, 2, "--path FILE is missing", databin)
-    assert_fails(capsys, 2, "--gen-subset", databin, "--path", path, "--gen-subset", "test")
+
+
+def test_flags_that_would_do_nothing_are_usage_errors(toy, capsys):
+    databin, path = toy
+    needs_databin = ["--gen-subset=test", "--num-workers=2", "--required-batch-size-multiple=8", "--num-shards=2"]
+    needs_references = ["--prefix-size=1", "--score-reference", "--scoring=bleu", "--quiet"]
+    needs_progress = ["--log-format=none", "--log-interval=1", "--no-progress-bar"]
+    for flag in [*needs_databin, *needs_references, *needs_progress, "--max-target-positions=9"]:
+        assert_fails(capsys, 2, f"unrecognized arguments: {flag}", databin, "--path", path, flag)
 
 
 def test_no_input_at_all(toy, monkeypatch, capsys):

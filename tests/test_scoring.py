@@ -125,11 +125,17 @@ def test_command_errors(files: tuple[str, str], capsys: pytest.CaptureFixture[st
         (["--sys", str(tmp_path / "latin1"), "--ref", references], "latin1: line 2 is not UTF-8"),
         (["--sys", str(tmp_path / "none"), "--ref", references], "none: cannot read"),
         (["--sys", str(tmp_path / "empty"), "--ref", str(tmp_path / "empty")], "nothing to score"),
-        (["--sys", translations], "--ref FILE is missing"),
-        (["--sys", translations, "--ref", references, "--sacrebleu", "--order", "2"], "--sacrebleu"),
-        (["--sys", translations, "--ref", references, "--order", "0"], "--order 0"),
     ]:
         with pytest.raises(SystemExit) as stop:
             score.main(arguments)
         assert stop.value.code == 1
+        assert re.search(message, capsys.readouterr().err)
+    for arguments, message in [
+        (["--sys", translations], "--ref FILE is missing"),
+        (["--sys", translations, "--ref", references, "--sacrebleu", "--order", "2"], "--sacrebleu goes neither"),
+        (["--sys", translations, "--ref", references, "--order", "0"], "--order.*: 0: must be at least 1"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            score.main(arguments)
+        assert stop.value.code == 2
         assert re.search(message, capsys.readouterr().err)

@@ -101,7 +101,7 @@ def test_step_by_step_equals_whole(settings):
     prev = prev.repeat_interleave(beam, 0)
     with torch.no_grad():
         whole, _ = model(src.repeat_interleave(beam, 0), lengths, prev)
-        cache = model.decoder.new_cache(model.encoder(src), beam, prev.size(1))
+        cache = model.decoder.new_cache(model.encoder(src), beam)
         for t in range(prev.size(1)):
             logits, attn = model.decoder.step(prev[:, t], cache, need_attn=True)
             torch.testing.assert_close(logits, whole[:, t], atol=1e-5, rtol=1e-5)
@@ -114,15 +114,15 @@ def test_cache_follows_reordered_and_dropped_rows():
     model = tiny()
     src, _, prev = some_batch()
     with torch.no_grad():
-        cache = model.decoder.new_cache(model.encoder(src), 1, 5)
+        cache = model.decoder.new_cache(model.encoder(src), 1)
         model.decoder.step(prev[:, 0], cache)
-        cache.keep_sentences(torch.tensor([0, 2]))
+        cache.select(torch.tensor([0, 2]), torch.tensor([0, 2]))
         logits, _ = model.decoder.step(prev[[0, 2], 1], cache)
         whole, _ = model(src[[0, 2]], None, prev[[0, 2]])
         torch.testing.assert_close(logits, whole[:, 1], atol=1e-5, rtol=1e-5)
-        pair = model.decoder.new_cache(model.encoder(src[:1]), 2, 5)
+        pair = model.decoder.new_cache(model.encoder(src[:1]), 2)
         model.decoder.step(torch.tensor([2, 9]), pair)
-        pair.reorder(torch.tensor([1, 1]))
+        pair.select(torch.tensor([1, 1]))
         both, _ = model.decoder.step(torch.tensor([5, 5]), pair)
         expected, _ = model(src[:1], None, torch.tensor([[9, 5]]))
         torch.testing.assert_close(both, expected[:, 1].expand(2, -1), atol=1e-5, rtol=1e-5)

@@ -27,10 +27,11 @@ from fairseq.generation.translate import (
     open_models_and_data,
     translate_dataset,
 )
-from fairseq.options import GENERATE_SECTIONS, GenerationConfig, make_parser, parse_args, section
+from fairseq.options import GENERATE_SECTIONS, GenerationConfig, ReferenceConfig, make_parser, parse_args, section
 from fairseq.training.distributed import choose_device
 from fairseq.training.logging import choose_log_format
 from fairseq.utils.io import atomic_write
+from fairseq.utils.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,10 +48,6 @@ def parse_generation_args(
             raise FairseqError("--path FILE is missing: the checkpoint to translate with")
         if args.fp16 and args.bf16:
             raise FairseqError("--fp16 and --bf16 contradict each other; give one")
-        for name in ("max_tokens", "batch_size", "required_batch_size_multiple", "log_interval"):
-            value = getattr(args, name)
-            if value is not None and value < 1:
-                raise FairseqError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     except FairseqError as error:
         make_parser(prog, description, sections).error(str(error))
     return args
@@ -75,6 +72,7 @@ def text_format(args: Namespace, data: TranslationData, pipeline: TextPipeline) 
         data.tgt_dict,
         post_process=args.post_process,
         decode=pipeline.decode,
+        decode_source=pipeline.decode_source,
         print_alignment=args.print_alignment,
         alignment_dictionary=None if args.replace_unk is None else load_alignment_dictionary(args.replace_unk),
     )
@@ -85,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, translate, print."""
     description = "Translate a subset of a data-bin with beam search or sampling, and score the result."
     args = parse_generation_args("fairseq-generate", description, GENERATE_SECTIONS, argv)
+    keep_freed_memory()
     with _open_results(args) as out:
         result = _generate(args, out)
         if result is not None:
@@ -109,6 +108,7 @@ def _open_results(args: Namespace) -> Iterator[IO[Any]]:
 def _generate(args: Namespace, out: IO[Any]) -> str | None:
     """Print all translations to ``out``; returns the line with the score, None where there is nothing to score."""
     cfg: GenerationConfig = section(GenerationConfig, args)
+    references: ReferenceConfig = section(ReferenceConfig, args)
     device = choose_device(args.cpu)
     models, data = open_models_and_data(args, device)
     text = text_format(args, data, text_pipeline(args, data))
@@ -127,7 +127,8 @@ def _generate(args: Namespace, out: IO[Any]) -> str | None:
     )
     start, sentences, tokens = time.perf_counter(), 0, 0
     read = iterate_batches(dataset, batches, args.num_workers, pin_memory=device.type == "cuda")
-    for translation in translate_dataset(models, _progress(read, len(batches), args), cfg, args.seed):
+    progress = _progress(read, len(batches), args)
+    for translation in translate_dataset(models, progress, cfg, args.seed, references):
         sentences += 1
         tokens += len(translation.hypotheses[0].tokens)
         src_words = text.words(translation.src_tokens)
@@ -146,7 +147,7 @@ def _generate(args: Namespace, out: IO[Any]) -> str | None:
         f"translated {sentences:,} sentences ({tokens:,} tokens) in {seconds:.1f}s "
         f"({sentences / seconds:.2f} sentences/s, {tokens / seconds:.2f} tokens/s)"
     )
-    if dataset.tgt is None or cfg.score_reference or sentences == 0:
+    if dataset.tgt is None or references.score_reference or sentences == 0:
         return None
     return f"Generate {args.gen_subset} with beam={cfg.beam}: {scorer.result_string()}"
 

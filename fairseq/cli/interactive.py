@@ -20,6 +20,7 @@ from fairseq.generation.output import TextFormat
 from fairseq.generation.translate import Translation, encode_source, open_models_and_data, translate_ids
 from fairseq.options import INTERACTIVE_SECTIONS, GenerationConfig, section
 from fairseq.training.distributed import choose_device
+from fairseq.utils.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,12 @@ def main(argv: list[str] | None = None) -> None:
     description = "Translate raw text, one sentence a line, from standard input or a file."
     args = parse_generation_args("fairseq-interactive", description, INTERACTIVE_SECTIONS, argv)
     cfg: GenerationConfig = section(GenerationConfig, args)
-    if cfg.prefix_size or cfg.score_reference:
-        raise FairseqError("--prefix-size and --score-reference need references; use fairseq-generate")
+    keep_freed_memory()
     models, data = open_models_and_data(args, choose_device(args.cpu))
     pipeline = text_pipeline(args, data)
     text = text_format(args, data, pipeline)
+    if args.input == "-" and sys.stdin.isatty():
+        logger.info("type a sentence and press return; Ctrl-D ends")
     with _open_input(args.input) as lines:
         for buffer in _buffers(_decode(lines, args.input), max(args.buffer_size, 1)):
             start = time.perf_counter()
@@ -48,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
                 max_tokens=args.max_tokens,
                 batch_size=args.batch_size,
                 seed=args.seed,
+                left_pad_source=args.left_pad_source,
             )
             seconds = time.perf_counter() - start
             for translation in translations:

@@ -5,36 +5,22 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from fairseq import options
 from fairseq.cli import command
 from fairseq.errors import FairseqError
 from fairseq.generation.scoring import Scorer
-from fairseq.utils.flags import flag
-
-
-@dataclass
-class ScoreConfig:
-    """What to score, and how."""
-
-    sys: str = flag("-", "translations, one a line; - is standard input", "-s", metavar="FILE")
-    ref: str = flag("", "references, one a line", "-r", metavar="FILE")
-    order: int = flag(4, "longest n-gram", "-o")
-    ignore_case: bool = flag(False, "compare in lower case")
-    sacrebleu: bool = flag(False, "score detokenised text with sacrebleu's tokeniser, and print its signature")
-    sentence_bleu: bool = flag(False, "a score for each line, smoothed by counting one match more from bigrams on")
+from fairseq.options import ScoreConfig, make_parser, section
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Parse, read both files, print."""
-    args = options.parse_args("fairseq-score", "BLEU of translations.", ((ScoreConfig, "scoring"),), argv)
-    config = options.section(ScoreConfig, args)
+    parser = make_parser("fairseq-score", "BLEU of translations.", ((ScoreConfig, "scoring"),))
+    config: ScoreConfig = section(ScoreConfig, parser.parse_args(argv))
     if not config.ref:
-        raise FairseqError("--ref FILE is missing: the references to compare with")
+        parser.error("--ref FILE is missing: the references to compare with")
     if config.sacrebleu and (config.sentence_bleu or config.order != 4):
-        raise FairseqError("--sacrebleu goes neither with --sentence-bleu nor with another --order than 4")
+        parser.error("--sacrebleu goes neither with --sentence-bleu nor with another --order than 4")
     name = "sacrebleu" if config.sacrebleu else "bleu"
 
     def scorer() -> Scorer:

@@ -7,12 +7,12 @@ import sys
 from fairseq.cli import command
 from fairseq.options import parse_train_args
 from fairseq.training.distributed import launch
-from fairseq.training.train import train
+from fairseq.training.train import PROFILING, train
 
 
 def _main(argv: list[str] | None = None) -> None:
     args = parse_train_args(argv)
-    if args.init_type == "adaptive-profiling":
+    if args.init_type == PROFILING:
         args.distributed_world_size = 1  # one pass, one file
     launch(train, args)
 

@@ -6,11 +6,10 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from fairseq import criterions  # noqa: F401  (they register themselves)
-from fairseq.checkpoint import load_checkpoint
+from fairseq.checkpoint import check_languages, load_checkpoint, updates_of
 from fairseq.cli import command
 from fairseq.errors import FairseqError
-from fairseq.generation.translate import DEFAULT_MAX_TOKENS, open_models_and_data
+from fairseq.generation.translate import DEFAULT_MAX_TOKENS, longest_source, longest_target, open_models_and_data
 from fairseq.models.transformer import PADDING_IDX
 from fairseq.options import VALIDATE_SECTIONS, parse_args
 from fairseq.registry import CRITERIONS
@@ -28,17 +27,21 @@ def _main(argv: list[str] | None = None) -> None:
     if ":" in args.path:
         raise FairseqError("--path: fairseq-validate takes one checkpoint, not an ensemble")
     world = World(0, 1, choose_device(args.cpu))
-    trained: dict[str, Any] = load_checkpoint(args.path)["args"]
+    state = load_checkpoint(args.path)
+    trained: dict[str, Any] = state["args"]
     models, data = open_models_and_data(args, world.device)
+    check_languages(trained, data.source_lang, data.target_lang, args.path)
+    args.max_source_positions = longest_source(models, args.max_source_positions)
+    args.max_target_positions = longest_target(models, args.max_target_positions)
     name = trained.get("criterion", "cross_entropy")
     criterion = component(CRITERIONS, name, Namespace(**trained), PADDING_IDX)
     args.sentence_avg = bool(trained.get("sentence_avg", False))
     if args.max_tokens is None and args.batch_size is None:
         args.max_tokens = DEFAULT_MAX_TOKENS
-    validator = Validator(args, world, data, models[0], criterion)
+    validator = Validator(args, world, data, models[0], criterion, args.valid_subset.split(","))
     log = TrainLog(choose_log_format(args.log_format, args.no_progress_bar))
     for subset in validator.sets:
-        log.summary(subset, 1, validator.measure(subset), 0)
+        log.summary(subset, None, validator.measure(subset), updates_of(state))
 
 
 def main(argv: list[str] | None = None) -> None:

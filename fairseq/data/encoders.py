@@ -17,11 +17,13 @@ SUBWORD_NMT_SEPARATOR = "@@"
 class TextPipeline:
     """Text to tokens and back.
 
-    encode: raw text -> space-separated tokens, as the training data has them. decode: tokens -> plain text.
+    encode: raw source text -> space-separated tokens, as the training data has them. decode: target tokens -> plain
+    text. decode_source: the same of source tokens.
     """
 
     encode: Callable[[str], str]
     decode: Callable[[str], str]
+    decode_source: Callable[[str], str]
 
 
 def make_text_pipeline(
@@ -35,43 +37,45 @@ def make_text_pipeline(
 ) -> TextPipeline:
     """The pipeline of ``--tokenizer`` (moses, space) and ``--bpe`` (subword_nmt, sentencepiece); None leaves one out.
 
-    source_lang: the language that is encoded; target_lang: the one that is decoded. Raises FairseqError for an unknown
-    name and for a file that is missing, not given, or not what it should be.
+    Raises FairseqError for an unknown name and for a file that is missing, not given, or not what it should be.
     """
-    words = _tokenizer(tokenizer, source_lang, target_lang)
-    subwords = _segmentation(bpe, bpe_codes, sentencepiece_model)
+    (tokenize, detokenize_source), (_, detokenize) = (
+        _tokenizer(tokenizer, lang) for lang in (source_lang, target_lang)
+    )
+    segment = _segmentation(bpe, bpe_codes, sentencepiece_model)
     return TextPipeline(
-        encode=lambda text: subwords.encode(words.encode(text)),
-        decode=lambda tokens: words.decode(subwords.decode(tokens)),
+        encode=lambda text: segment(tokenize(text)),
+        decode=lambda tokens: detokenize(post_process(tokens, bpe)),
+        decode_source=lambda tokens: detokenize_source(post_process(tokens, bpe)),
     )
 
 
-def _tokenizer(name: str | None, source_lang: str, target_lang: str) -> TextPipeline:
+def _tokenizer(name: str | None, language: str) -> tuple[Callable[[str], str], Callable[[str], str]]:
+    """Text to words, and back."""
     if name is None:
-        return TextPipeline(encode=lambda text: text, decode=lambda text: text)
+        return str, str
     if name == "space":
-        return TextPipeline(encode=lambda text: " ".join(text.split()), decode=lambda text: text)
+        return lambda text: " ".join(text.split()), str
     if name == "moses":
         from sacremoses import MosesDetokenizer, MosesTokenizer
 
-        moses, back = MosesTokenizer(lang=source_lang), MosesDetokenizer(lang=target_lang)
-        return TextPipeline(
-            encode=lambda text: moses.tokenize(text, aggressive_dash_splits=False, return_str=True, escape=True),
-            decode=lambda text: back.detokenize(text.split()),
+        moses, back = MosesTokenizer(lang=language), MosesDetokenizer(lang=language)
+        return (
+            lambda text: moses.tokenize(text, aggressive_dash_splits=False, return_str=True, escape=True),
+            lambda text: back.detokenize(text.split()),
         )
     raise FairseqError(f"--tokenizer {name}: choose from moses, space")
 
 
-def _segmentation(name: str | None, bpe_codes: str | None, sentencepiece_model: str | None) -> TextPipeline:
+def _segmentation(name: str | None, bpe_codes: str | None, sentencepiece_model: str | None) -> Callable[[str], str]:
+    """Words to subwords."""
     if name is None:
-        return TextPipeline(encode=lambda text: text, decode=lambda text: text)
+        return str
     if name == "subword_nmt":
-        encode = _subword_nmt(bpe_codes)
-    elif name == "sentencepiece":
-        encode = _sentencepiece(sentencepiece_model)
-    else:
-        raise FairseqError(f"--bpe {name}: choose from subword_nmt, sentencepiece")
-    return TextPipeline(encode=encode, decode=lambda tokens: post_process(tokens, name))
+        return _subword_nmt(bpe_codes)
+    if name == "sentencepiece":
+        return _sentencepiece(sentencepiece_model)
+    raise FairseqError(f"--bpe {name}: choose from subword_nmt, sentencepiece")
 
 
 def _subword_nmt(path: str | None) -> Callable[[str], str]:

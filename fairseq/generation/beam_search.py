@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq.errors import FairseqError
@@ -24,7 +23,7 @@ from fairseq.generation.sampling import sample, sentence_noise
 from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
 
-FIRST_CAPACITY = 64  # decoding steps that caches have room for at first; doubled when they run out
+GROUP_SIZE = 8  # divides the size of most dictionaries: they are padded to a multiple of it
 
 
 @dataclass
@@ -45,41 +44,27 @@ class Hypothesis:
 class _Ensemble:
     """The decoding state of one or more models, stepped together; their probabilities are averaged."""
 
-    def __init__(self, models: Sequence[Transformer], src_tokens: Tensor, beam: int, steps: int, need_attn: bool):
+    def __init__(self, models: Sequence[Transformer], src_tokens: Tensor, beam: int, need_attn: bool) -> None:
         self.models = models
         self.need_attn = need_attn
-        self.steps = steps
-        capacity = min(steps, FIRST_CAPACITY)
-        self.caches = [model.decoder.new_cache(model.encoder(src_tokens), beam, capacity) for model in models]
+        self.caches = [model.decoder.new_cache(model.encoder(src_tokens), beam) for model in models]
 
     def step(self, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
         """tokens: (rows,), the last ones -> log-probabilities (rows, vocab), attention (rows, src_len) if needed."""
-        self._make_room()
         lprobs, attention = [], []
         for model, cache in zip(self.models, self.caches, strict=True):
             logits, attn = model.decoder.step(tokens, cache, self.need_attn)
-            logits = logits.float() if temperature == 1 else logits.float() / temperature
-            lprobs.append(torch.log_softmax(logits, dim=-1))
+            if temperature != 1:
+                logits = logits.float() / temperature
+            lprobs.append(torch.log_softmax(logits, dim=-1, dtype=torch.float32))
             if attn is not None:
                 attention.append(attn)
         mean_attn = torch.stack(attention).mean(0) if attention else None
         return average_probabilities(lprobs), mean_attn
 
-    def _make_room(self) -> None:
-        """Enlarge caches that are full: long outputs are rare, and room for them in every row would be wasted."""
+    def select(self, rows: Tensor, sentences: Tensor | None) -> None:
         for cache in self.caches:
-            capacity = cache.self_kv[0].size(3)
-            if cache.length == capacity:
-                more = min(capacity, self.steps - capacity)
-                cache.self_kv = [F.pad(kv, (0, 0, 0, more)) for kv in cache.self_kv]
-
-    def keep_sentences(self, keep: Tensor) -> None:
-        for cache in self.caches:
-            cache.keep_sentences(keep)
-
-    def reorder(self, rows: Tensor) -> None:
-        for cache in self.caches:
-            cache.reorder(rows)
+            cache.select(rows, sentences)
 
 
 @dataclass
@@ -116,11 +101,19 @@ def average_probabilities(lprobs: Sequence[Tensor]) -> Tensor:
 def best_candidates(lprobs: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The best 2 * beam continuations of each sentence, best first.
 
-    lprobs: (sentences, beam, vocab), overwritten; scores: (sentences, beam), summed so far. Returns scores, tokens and
-    the beams they continue, each (sentences, 2 * beam).
+    lprobs: (sentences, beam, vocab); scores: (sentences, beam), summed so far. Returns scores, tokens and the beams
+    they continue, each (sentences, 2 * beam).
     """
     _, beam, vocab = lprobs.shape
-    totals, index = lprobs.add_(scores[:, :, None]).flatten(1).topk(2 * beam, dim=1)
+    # The best k are in the k groups with the largest maxima, and maxima are found much faster than the best k.
+    size = math.gcd(vocab, GROUP_SIZE) if vocab > GROUP_SIZE else 1
+    groups = vocab // size  # token t is in group t % groups
+    maxima = lprobs.unflatten(2, (size, groups)).amax(2) + scores[:, :, None]
+    best = maxima.flatten(1).topk(2 * beam, dim=1).indices
+    first = best // groups * vocab + best % groups
+    index = (first[:, :, None] + torch.arange(0, vocab, groups, device=first.device)).flatten(1)
+    totals, chosen = (lprobs.flatten(1).gather(1, index) + scores.gather(1, index // vocab)).topk(2 * beam, dim=1)
+    index = index.gather(1, chosen)
     return totals, index % vocab, index // vocab
 
 
@@ -142,17 +135,14 @@ class _Results:
         self.counts = [0] * sentences
         self._chunks: list[tuple[list[int], _Rows]] = []
 
+    def admit(self, sentence: int) -> bool:
+        """Whether to keep one more hypothesis of a sentence, which then counts: at most ``beam`` are."""
+        self.counts[sentence] += 1
+        return self.counts[sentence] <= self.cfg.beam
+
     def add(self, sentences: list[int], finished: _Rows) -> None:
-        """finished: its rows' sentences, by number in the first batch. At most ``beam`` are kept of each."""
-        kept = []
-        for row, sentence in enumerate(sentences):
-            if self.counts[sentence] < self.cfg.beam:
-                self.counts[sentence] += 1
-                kept.append(row)
-        rows = torch.tensor(kept, device=finished.tokens.device)
-        attention = None if finished.attention is None else finished.attention[rows]
-        chunk = _Rows(finished.tokens[rows], finished.scores[rows], attention)
-        self._chunks.append(([sentences[row] for row in kept], chunk))
+        """finished: its rows' sentences, by number in the first batch."""
+        self._chunks.append((sentences, finished))
 
     def hypotheses(self, padding: Sequence[Tensor]) -> list[list[Hypothesis]]:
         """Of each sentence, best first. padding: bool (src_len,) each, True on the source's padding."""
@@ -190,13 +180,17 @@ class _Batch:
         self.shortest, self.longest = output_lengths(cfg, src_lengths, limit)
         self.sentences = list(range(len(src_lengths)))
         self.steps = max(self.longest, default=-1) + 1
-        self.ensemble = _Ensemble(models, src_tokens, cfg.beam, self.steps, need_attn)
+        self.ensemble = _Ensemble(models, src_tokens, cfg.beam, need_attn)
         rows = len(self.sentences) * cfg.beam
         scores = torch.zeros(len(self.sentences), cfg.beam, device=self.device)
         if not cfg.sampling:
             scores[:, 1:] = NEVER  # all beams are the same at first: only one counts
         attention = torch.empty(rows, src_tokens.size(1), 0, device=self.device) if need_attn else None
         self.rows = _Rows(torch.full((rows, 1), EOS, device=self.device), scores.view(rows, 1), attention)
+
+    def index(self, values: list[int] | list[bool]) -> Tensor:
+        """One-dimensional, on the device, which the host does not wait for."""
+        return torch.tensor(values).to(self.device, non_blocking=True)
 
     def candidates(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, tokens and rows of the continuations to choose from, best first: (sentences, at least beam)."""
@@ -205,17 +199,15 @@ class _Batch:
         if self.rows.attention is not None and attn is not None:
             self.rows.attention = torch.cat([self.rows.attention, attn[:, :, None]], dim=2)
         short = [step < self.shortest[sentence] for sentence in self.sentences]
-        too_short = torch.tensor(short, device=self.device) if any(short) else None
+        too_short = self.index(short) if any(short) else None
         constrain(lprobs, self.rows.tokens, self.cfg, too_short, self._forced(step))
         so_far = self.rows.scores[:, -1].view(-1, self.cfg.beam)
         if self.noise is None:
             scores, tokens, beams = best_candidates(lprobs, so_far)
         else:
             scores, tokens, beams = sampled_candidates(lprobs, so_far, self.noise[:, step], self.cfg)
-        return scores, tokens, beams + self._first_rows()
-
-    def _first_rows(self) -> Tensor:
-        return torch.arange(len(self.sentences), device=self.device)[:, None] * self.cfg.beam
+        first_rows = torch.arange(0, self.rows.tokens.size(0), self.cfg.beam, device=self.device)
+        return scores, tokens, beams + first_rows[:, None]
 
     def _forced(self, step: int) -> Tensor | None:
         """The token each sentence must have next, PAD for any: ``</s>`` at its longest output, else its prefix's."""
@@ -227,27 +219,21 @@ class _Batch:
             forced = torch.full((len(at_limit),), PAD, device=self.device)
         else:
             return None
-        return torch.where(torch.tensor(at_limit, device=self.device), EOS, forced)
+        return torch.where(self.index(at_limit), EOS, forced)
 
     def go_on(self, keep: list[int], scores: Tensor, tokens: Tensor, rows: Tensor) -> None:
         """Keep the sentences at indices ``keep``; each of their rows becomes ``rows`` with one more of ``tokens``.
 
         scores, tokens, rows: (sentences, beam).
         """
-        beam = self.cfg.beam
-        if len(keep) < len(self.sentences):
-            rows = rows - self._first_rows()
+        kept = self.index(keep) if len(keep) < len(self.sentences) else None
+        if kept is not None:
             self.sentences = [self.sentences[i] for i in keep]
-            index = torch.tensor(keep, device=self.device)
-            scores, tokens, rows = scores[index], tokens[index], rows[index]
-            self.rows = self.rows.select((index[:, None] * beam + torch.arange(beam, device=self.device)).flatten())
-            self.ensemble.keep_sentences(index)
-            self.prefix_tokens = None if self.prefix_tokens is None else self.prefix_tokens[index]
-            self.noise = None if self.noise is None else self.noise[index]
-            rows = rows + self._first_rows()
+            scores, tokens, rows = scores[kept], tokens[kept], rows[kept]
+            self.prefix_tokens = None if self.prefix_tokens is None else self.prefix_tokens[kept]
+            self.noise = None if self.noise is None else self.noise[kept]
         self.rows = self.rows.select(rows.flatten()).append(tokens.flatten(), scores.flatten())
-        if beam > 1:
-            self.ensemble.reorder(rows.flatten())
+        self.ensemble.select(rows.flatten(), kept)
 
 
 @torch.inference_mode()
@@ -283,12 +269,13 @@ def beam_search(
         others = ends.byte().argsort(dim=1, stable=True)[:, :beam]
         other_scores = scores.masked_fill(ends | ~scores.isfinite(), NEVER).gather(1, others)
         seen = torch.cat([ends[:, :beam], other_scores.isfinite().any(1, keepdim=True)], dim=1).cpu()
-        ended, is_live = seen[:, :-1].nonzero().unbind(1), seen[:, -1].tolist()
-        if len(ended[0]):
-            at = tuple(index.to(src_tokens.device) for index in ended)
-            finished = batch.rows.select(rows[at]).append(tokens[at], scores[at])
-            results.add([batch.sentences[i] for i in ended[0].tolist()], finished)
+        ended = [at for at in seen[:, :-1].nonzero().tolist() if results.admit(batch.sentences[at[0]])]
+        if ended:
+            index = batch.index([sentence * tokens.size(1) + column for sentence, column in ended])
+            finished = batch.rows.select(rows.take(index)).append(tokens.take(index), scores.take(index))
+            results.add([batch.sentences[i] for i, _ in ended], finished)
         # at its longest output a sentence has no live row: </s> was forced
+        is_live = seen[:, -1].tolist()
         keep = [i for i, sentence in enumerate(batch.sentences) if is_live[i] and results.counts[sentence] < beam]
         if not keep:
             break

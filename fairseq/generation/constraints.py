@@ -26,7 +26,6 @@ def check_generation_config(cfg: GenerationConfig) -> None:
             f"--max-len-b {cfg.max_len_b}: must be at least 1 and at least --min-len {cfg.min_len}",
         ),
         (cfg.max_len_a < 0, f"--max-len-a {cfg.max_len_a}: must not be negative"),
-        (cfg.prefix_size < 0, f"--prefix-size {cfg.prefix_size}: must not be negative"),
         (cfg.no_repeat_ngram_size < 0, f"--no-repeat-ngram-size {cfg.no_repeat_ngram_size}: must not be negative"),
         (not cfg.temperature > 0, f"--temperature {cfg.temperature}: must be above 0"),
         (cfg.sampling_topp > 1, f"--sampling-topp {cfg.sampling_topp}: is a probability, at most 1"),

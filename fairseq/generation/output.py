@@ -59,7 +59,8 @@ def load_alignment_dictionary(path: str) -> dict[str, str]:
 class TextFormat:
     """How ids become text.
 
-    post_process: subword segmentation to undo everywhere. decode: detokeniser for D- lines (and S- and T-).
+    post_process: subword segmentation to undo everywhere. decode, decode_source: detokenisers for D- and T- lines, and
+    for S- lines.
     alignment_dictionary: with it (empty or not), ``<unk>`` becomes what stands there for the source word it attends to,
     or that word itself.
     """
@@ -68,12 +69,13 @@ class TextFormat:
     tgt_dict: Dictionary
     post_process: str | None = None
     decode: Callable[[str], str] = str
+    decode_source: Callable[[str], str] = str
     print_alignment: bool = False
     alignment_dictionary: dict[str, str] | None = None
 
     def source(self, tokens: Tensor) -> str:
         """The S- line's text."""
-        return self.decode(self.src_dict.string(tokens, self.post_process))
+        return self.decode_source(self.src_dict.string(tokens, self.post_process))
 
     def target(self, tokens: Tensor) -> str:
         """The T- line's text; an unknown word is ``<<unk>>``, which no hypothesis has."""

@@ -38,7 +38,9 @@ def sample(lprobs: Tensor, noise: Tensor, topk: int, topp: float) -> Tensor:
     lprobs: (..., vocab); noise: (...), uniform in [0, 1) -> int64 (...). topk, topp: as ``truncate``'s.
     """
     order = None
-    if topk > 0 or topp > 0:
+    if topk > 0:
+        lprobs, order = lprobs.topk(min(topk, lprobs.size(-1)), dim=-1)
+    elif topp > 0:
         lprobs, order = lprobs.sort(dim=-1, descending=True)
     cumulative = truncate(lprobs.exp(), topk, topp).double().cumsum(-1)
     threshold = (noise * cumulative[..., -1])[..., None]

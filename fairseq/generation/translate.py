@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from fairseq.errors import FairseqError
 from fairseq.generation.beam_search import Hypothesis, beam_search
 from fairseq.generation.constraints import EOS, PAD
 from fairseq.generation.score_reference import score_reference
+from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import Transformer
-from fairseq.options import DataConfig, GenerationConfig, section
+from fairseq.options import DataConfig, GenerationConfig, ReferenceConfig, section
 
+NO_REFERENCES = ReferenceConfig()
 DEFAULT_MAX_TOKENS = 12000  # source tokens in a batch when neither --max-tokens nor --batch-size is given
 
 
@@ -48,8 +50,12 @@ def load_ensemble(
 ) -> tuple[list[Transformer], dict[str, Any]]:
     """The models of one or more checkpoints, in eval mode on ``device``, and the settings of the first.
 
-    Raises FairseqError when one cannot be read, their dictionaries differ in size, or the precision is impossible.
+    overrides: settings to change. Raises FairseqError when one of these does not exist, a checkpoint cannot be read,
+    dictionaries differ in size, or the precision is impossible.
     """
+    unknown = (overrides or {}).keys() - {field.name for field in fields(TransformerConfig)}
+    if unknown:
+        raise FairseqError(f"model overrides: '{min(unknown)}' is no setting of a Transformer")
     device = torch.device(device)
     if fp16 and bf16:
         raise FairseqError("--fp16 and --bf16 contradict each other; give one")
@@ -90,27 +96,30 @@ def needs_attention(cfg: GenerationConfig) -> bool:
 
 
 def translate_batch(
-    models: Sequence[Transformer], batch: Batch, cfg: GenerationConfig, seed: int = 1
+    models: Sequence[Transformer],
+    batch: Batch,
+    cfg: GenerationConfig,
+    seed: int = 1,
+    references: ReferenceConfig = NO_REFERENCES,
 ) -> list[Translation]:
     """Translate one batch of a ``LanguagePairDataset`` on the models' device; results in the batch's order.
 
-    Prefixes (``--prefix-size``) and references (``--score-reference``) come from its target. Raises FairseqError when
-    they are needed and there is none, and as ``beam_search`` does.
+    references: how its target takes part. Raises FairseqError when it does and there is none, and as ``beam_search``.
     """
     device = next(models[0].parameters()).device
     src_tokens, ids = batch["net_input"]["src_tokens"], batch["id"].tolist()
     sources = [without_padding(row) for row in src_tokens]
     targets = None if batch["target"] is None else [without_padding(row) for row in batch["target"]]
-    if targets is None and (cfg.score_reference or cfg.prefix_size > 0):
-        wanted = "--score-reference" if cfg.score_reference else "--prefix-size"
+    if targets is None and (references.score_reference or references.prefix_size):
+        wanted = "--score-reference" if references.score_reference else "--prefix-size"
         raise FairseqError(f"{wanted} needs references, and there are none here")
     src_tokens = src_tokens.to(device, non_blocking=True)
-    if cfg.score_reference and targets is not None:
+    if references.score_reference and targets is not None:
         hypotheses = score_reference(models, src_tokens, targets, needs_attention(cfg))
     else:
         prefix = None
-        if cfg.prefix_size > 0 and targets is not None:
-            prefix = pad_rows([target[: cfg.prefix_size] for target in targets]).to(device)
+        if references.prefix_size and targets is not None:
+            prefix = pad_rows([target[: references.prefix_size] for target in targets]).to(device)
         hypotheses = beam_search(
             models, src_tokens, cfg, ids=ids, prefix_tokens=prefix, seed=seed, need_attn=needs_attention(cfg)
         )
@@ -121,11 +130,15 @@ def translate_batch(
 
 
 def translate_dataset(
-    models: Sequence[Transformer], batches: Iterable[Batch], cfg: GenerationConfig, seed: int = 1
+    models: Sequence[Transformer],
+    batches: Iterable[Batch],
+    cfg: GenerationConfig,
+    seed: int = 1,
+    references: ReferenceConfig = NO_REFERENCES,
 ) -> Iterator[Translation]:
     """Translate batches one after the other; yields every sentence once, in the order of the batches."""
     for batch in batches:
-        yield from translate_batch(models, batch, cfg, seed)
+        yield from translate_batch(models, batch, cfg, seed, references)
 
 
 def translate_ids(
@@ -137,13 +150,13 @@ def translate_ids(
     max_tokens: int | None = None,
     batch_size: int | None = None,
     seed: int = 1,
+    left_pad_source: bool = True,
 ) -> list[Translation]:
     """Translate sentences of token ids, (src_len,) each with ``</s>`` at the end; results in the order given.
 
-    ids: their numbers (default: 0, 1, ...).
-    A sentence of ``</s>`` alone has itself as its translation, with score 0: no model knows what to do with it. Batches
-    hold sentences of like length, at most ``max_tokens`` source tokens (and always one sentence) and ``batch_size``
-    sentences.
+    ids: their numbers (default: 0, 1, ...). Batches hold sentences of like length, at most ``max_tokens`` source tokens
+    (and always one sentence) and ``batch_size`` sentences. A sentence of ``</s>`` alone has itself as its translation,
+    with score 0: no model knows what to do with it.
     """
     numbers = range(len(sentences)) if ids is None else ids
     empty = torch.tensor([EOS])
@@ -155,11 +168,11 @@ def translate_ids(
     waiting = sorted((i for i in range(len(sentences)) if i not in results), key=lambda i: len(sentences[i]))
     budget = DEFAULT_MAX_TOKENS if max_tokens is None and batch_size is None else max_tokens
     while waiting:
-        size = batch_size or len(waiting)
-        while budget is not None and size > 1 and len(sentences[waiting[min(size, len(waiting)) - 1]]) * size > budget:
-            size -= 1
+        most, size = min(batch_size or len(waiting), len(waiting)), 1
+        while size < most and (budget is None or len(sentences[waiting[size]]) * (size + 1) <= budget):
+            size += 1
         chosen, waiting = waiting[:size], waiting[size:]
-        src_tokens = pad_rows([sentences[i] for i in chosen], left=True)
+        src_tokens = pad_rows([sentences[i] for i in chosen], left_pad_source)
         batch: Batch = {
             "id": torch.tensor([numbers[i] for i in chosen]),
             "nsentences": len(chosen),

@@ -17,13 +17,11 @@ from fairseq.data.translation import infer_languages, load_dictionaries
 from fairseq.errors import FairseqError
 from fairseq.generation.output import TextFormat, load_alignment_dictionary
 from fairseq.generation.translate import encode_source, languages_of, load_ensemble, longest_source, translate_ids
-from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
 
-# Settings of the search that make no difference to translate's result, or need references
-_NOT_FOR_TRANSLATE = {"nbest", "print_alignment", "score_reference", "prefix_size"}
-_SEARCH_SETTINGS = {field.name for field in fields(GenerationConfig)} - _NOT_FOR_TRANSLATE
+# nbest and print_alignment make no difference to translate's result
+_SEARCH_SETTINGS = {field.name for field in fields(GenerationConfig)} - {"nbest", "print_alignment"}
 
 
 class TransformerModel:
@@ -62,9 +60,6 @@ class TransformerModel:
         if not given. overrides: model settings to change. Raises FairseqError when a file is missing or does not fit.
         """
         root = Path(model_dir)
-        unknown = overrides.keys() - {field.name for field in fields(TransformerConfig)}
-        if unknown:
-            raise FairseqError(f"from_pretrained: '{min(unknown)}' is no setting of a Transformer")
         paths = [str(root / name) for name in checkpoint_file.split(":")]
         models, settings = load_ensemble(paths, overrides)
         data_dir = root / data_name_or_path

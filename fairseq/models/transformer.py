@@ -8,6 +8,7 @@ successive positions of one query.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -135,11 +136,12 @@ class TransformerEncoder(_Stack):
 class DecoderCache:
     """Keys and values of a decoding batch of ``sentences`` x ``beam`` hypotheses, hypotheses of a sentence adjacent.
 
-    self_kv: one (2, rows, heads, max_len, head_dim) tensor a layer, filled up to ``length``.
+    self_kv: one (rows, length, 2, heads, head_dim) tensor a layer. A step makes it anew, one longer: hypotheses change
+    places at nearly every step, and to move them and to make room is then one copy.
     encoder_kv: keys and values of the encoder's output, (sentences, heads, src_len, head_dim) each, a layer.
     """
 
-    def __init__(self, encoder_kv: list[tuple[Tensor, Tensor]], encoder_mask: Tensor | None, beam: int, max_len: int):
+    def __init__(self, encoder_kv: list[tuple[Tensor, Tensor]], encoder_mask: Tensor | None, beam: int) -> None:
         self.encoder_kv = encoder_kv
         self.encoder_mask = encoder_mask
         self.beam = beam
@@ -147,21 +149,37 @@ class DecoderCache:
         self.self_kv: list[Tensor] = []
         for key, _ in encoder_kv:
             sentences, heads, _, head_dim = key.shape
-            self.self_kv.append(key.new_empty(2, sentences * beam, heads, max_len, head_dim))
+            self.self_kv.append(key.new_empty(sentences * beam, 0, 2, heads, head_dim))
+        self._rows: Tensor | None = None  # what the next step's rows were in the last; None: the same
 
-    def reorder(self, rows: Tensor) -> None:
-        """Make row i continue what row ``rows[i]`` was; rows of one sentence stay within it. rows: int64 (rows,)."""
-        for i, kv in enumerate(self.self_kv):
-            filled = kv[:, :, :, : self.length]
-            self.self_kv[i][:, :, :, : self.length] = filled.index_select(1, rows)
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one step's keys and values of a layer, each (rows, heads, 1, head_dim); returns those of all steps."""
+        old = self.self_kv[layer]
+        new = old.new_empty(key.size(0), self.length + 1, *old.shape[2:])
+        if self._rows is None:
+            new[:, :-1] = old
+        else:
+            torch.index_select(old, 0, self._rows, out=new[:, :-1])
+        new[:, -1, 0], new[:, -1, 1] = key.squeeze(2), value.squeeze(2)
+        self.self_kv[layer] = new
+        keys, values = new.permute(2, 0, 3, 1, 4)
+        return keys, values
 
-    def keep_sentences(self, keep: Tensor) -> None:
-        """Drop all sentences but those with index in ``keep``. keep: int64 (kept,)."""
-        rows = (keep[:, None] * self.beam + torch.arange(self.beam, device=keep.device)).flatten()
-        self.self_kv = [kv.index_select(1, rows) for kv in self.self_kv]
-        self.encoder_kv = [(k.index_select(0, keep), v.index_select(0, keep)) for k, v in self.encoder_kv]
-        if self.encoder_mask is not None:
-            self.encoder_mask = self.encoder_mask.index_select(0, keep)
+    def end_step(self) -> None:
+        """Call when all layers are extended."""
+        self.length += 1
+        self._rows = None
+
+    def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
+        """Make row i continue what row ``rows[i]`` was; rows of one sentence stay within it.
+
+        rows: int64 (rows,). sentences: int64, the sentences that they are of, where the others are dropped.
+        """
+        self._rows = rows if self._rows is None else self._rows.index_select(0, rows)
+        if sentences is not None:
+            self.encoder_kv = [(k.index_select(0, sentences), v.index_select(0, sentences)) for k, v in self.encoder_kv]
+            if self.encoder_mask is not None:
+                self.encoder_mask = self.encoder_mask.index_select(0, sentences)
 
 
 class TransformerDecoder(_Stack):
@@ -206,10 +224,10 @@ class TransformerDecoder(_Stack):
     def _layers(self) -> list[TransformerDecoderLayer]:
         return cast("list[TransformerDecoderLayer]", list(self.layers))
 
-    def new_cache(self, encoder_out: EncoderOut, beam: int, max_len: int) -> DecoderCache:
-        """A cache for ``max_len`` decoding steps of ``beam`` hypotheses a sentence of ``encoder_out``."""
+    def new_cache(self, encoder_out: EncoderOut, beam: int) -> DecoderCache:
+        """A cache to decode ``beam`` hypotheses a sentence of ``encoder_out`` with."""
         encoder_kv = [layer.encoder_attn.project_kv(encoder_out.x) for layer in self._layers()]
-        return DecoderCache(encoder_kv, encoder_out.mask, beam, max_len)
+        return DecoderCache(encoder_kv, encoder_out.mask, beam)
 
     def step(self, tokens: Tensor, cache: DecoderCache, need_attn: bool = False) -> tuple[Tensor, Tensor | None]:
         """One more token of every hypothesis.
@@ -217,14 +235,13 @@ class TransformerDecoder(_Stack):
         tokens: (rows,), the last tokens; rows = sentences x beam. Returns logits (rows, vocab) and, with
         ``need_attn``, the last layer's attention over the source averaged over heads, (rows, src_len).
         """
-        step = cache.length
-        cache.length = step + 1
-        positions = None if self.embed_positions is None else self.embed_positions.at(step)
+        positions = None if self.embed_positions is None else self.embed_positions.at(cache.length)
         x = self.embed(tokens[:, None], positions)
         attn: list[Tensor] = []
         for i, layer in enumerate(self._layers()):
             wanted = attn if need_attn and i == len(self.layers) - 1 else None
-            x = layer.step(x, step, cache.self_kv[i], cache.encoder_kv[i], cache.encoder_mask, wanted)
+            x = layer.step(x, partial(cache.extend, i), cache.encoder_kv[i], cache.encoder_mask, wanted)
+        cache.end_step()
         if self.layer_norm is not None:
             x = self.layer_norm(x)
         return self.output_projection(x).squeeze(1), attn[0] if attn else None

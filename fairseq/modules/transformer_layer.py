@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from fairseq.modules.attention import MultiheadAttention
@@ -63,23 +65,18 @@ class TransformerDecoderLayer(nn.Module):
     def step(
         self,
         x: Tensor,
-        step: int,
-        self_kv: Tensor,
+        extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         encoder_kv: tuple[Tensor, Tensor],
         encoder_mask: Tensor | None,
         attn: list[Tensor] | None = None,
     ) -> Tensor:
         """One decoding step: x: (rows, 1, dim) -> same shape; rows = sentences x beam, a sentence's rows adjacent.
 
-        self_kv: (2, rows, heads, max_len, head_dim), this step's keys and values are written at position ``step``.
-        encoder_kv, encoder_mask: of the sentences. attn: if given, the encoder attention of this layer, averaged over
-        heads, (rows, src_len), is appended to it.
+        extend: takes this step's self-attention keys and values, (rows, heads, 1, head_dim), keeps them, and returns
+        those of all steps up to now. encoder_kv, encoder_mask: of the sentences. attn: if given, the encoder attention
+        of this layer, averaged over heads, (rows, src_len), is appended to it.
         """
         keys, values = encoder_kv
-
-        def self_attn(q: Tensor) -> Tensor:
-            self_kv[0, :, :, step : step + 1], self_kv[1, :, :, step : step + 1] = self.self_attn.project_kv(q)
-            return self.self_attn.attend(q, self_kv[0, :, :, : step + 1], self_kv[1, :, :, : step + 1])
 
         def encoder_attn(q: Tensor) -> Tensor:
             # A sentence's hypotheses are successive positions of one query: its keys and values need no copies.
@@ -88,6 +85,6 @@ class TransformerDecoderLayer(nn.Module):
                 attn.append(self.encoder_attn.attention_weights(q_by_sentence, keys, encoder_mask).flatten(0, 1))
             return self.encoder_attn.attend(q_by_sentence, keys, values, encoder_mask).view_as(q)
 
-        x = self.self_attn_residual(x, self_attn)
+        x = self.self_attn_residual(x, lambda q: self.self_attn.attend(q, *extend(*self.self_attn.project_kv(q))))
         x = self.encoder_attn_residual(x, encoder_attn)
         return self.ffn_residual(x, self.feed_forward)

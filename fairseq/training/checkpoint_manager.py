@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,11 @@ import torch
 
 from fairseq.checkpoint import load_checkpoint
 from fairseq.errors import FairseqError
-from fairseq.options import CheckpointConfig
+from fairseq.options import LAST, CheckpointConfig
 from fairseq.utils.io import atomic_copy, atomic_write
 
 logger = logging.getLogger("fairseq.checkpoint")
 
-LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
 
 
@@ -36,17 +36,17 @@ class CheckpointManager:
                 raise FairseqError(f"--save-dir {cfg.save_dir}: cannot make it: {error.strerror}") from error
 
     def is_better(self, value: float) -> bool:
-        """Whether validation metric ``value`` is at least as good as the best so far."""
-        if self.best is None:
-            return True
-        return value >= self.best if self.cfg.maximize_best_checkpoint_metric else value <= self.best
+        """Whether validation metric ``value`` is better than the best so far; what is not finite never is."""
+        if self.best is None or not math.isfinite(value):
+            return math.isfinite(value)
+        return value > self.best if self.cfg.maximize_best_checkpoint_metric else value < self.best
 
     def note(self, value: float) -> bool:
-        """Take in a validation metric; True when it is the best so far."""
-        better = self.is_better(value)
-        if better:
+        """Take in a validation metric; True when none before it was better."""
+        best = self.is_better(value) or value == self.best
+        if best:
             self.best = value
-        return better
+        return best
 
     def save(
         self,
@@ -55,18 +55,17 @@ class CheckpointManager:
         end_of_epoch: bool,
         updates: int,
         value: float | None,
+        is_best: bool,
         every: bool = True,
     ) -> None:
         """Write what is due. state: makes the checkpoint's dict, called once if anything is. value: the validation
-        metric just measured, taken in by ``note``. every: also the regular files, not the best ones alone.
+        metric just measured; is_best: what ``note`` said of it. every: also the regular files, not the best ones alone.
         """
         names = self._regular_names(epoch, end_of_epoch, updates) if every else []
-        if value is not None:
-            if self.note(value):
-                names.append(BEST)
-            if self.cfg.keep_best_checkpoints > 0:
-                names.append(f"checkpoint.best_{self.cfg.best_checkpoint_metric}_{value:.4f}.pt")
-        if not self.cfg.no_last_checkpoints:
+        names += [BEST] * is_best
+        if value is not None and self._is_kept(value):
+            names.append(f"checkpoint.best_{self.cfg.best_checkpoint_metric}_{value:.4f}.pt")
+        if (every or names) and not self.cfg.no_last_checkpoints:
             names.append(LAST)
         if self.cfg.no_save or not names:
             return
@@ -86,6 +85,20 @@ class CheckpointManager:
             return [f"checkpoint_{epoch}_{updates}.pt"]
         return []
 
+    def _is_kept(self, value: float) -> bool:
+        """Whether ``value`` is among the ``--keep-best-checkpoints`` best."""
+        count, largest = self.cfg.keep_best_checkpoints, self.cfg.maximize_best_checkpoint_metric
+        if count <= 0 or self.cfg.no_save or not math.isfinite(value):
+            return False
+        kept = self._found(self._best_pattern(), largest)
+        if len(kept) < count:
+            return True
+        value, worst = round(value, 4), kept[count - 1][0]
+        return value >= worst if largest else value <= worst
+
+    def _best_pattern(self) -> str:
+        return rf"checkpoint\.best_{re.escape(self.cfg.best_checkpoint_metric)}_(-?\d+\.\d+)\.pt"
+
     def _delete_old(self, end_of_epoch: bool) -> None:
         cfg = self.cfg
         if not end_of_epoch and cfg.keep_interval_updates > 0:
@@ -93,14 +106,16 @@ class CheckpointManager:
         if cfg.keep_last_epochs > 0:
             self._keep(r"checkpoint(\d+)\.pt", cfg.keep_last_epochs, largest=True)
         if cfg.keep_best_checkpoints > 0:
-            pattern = rf"checkpoint\.best_{re.escape(cfg.best_checkpoint_metric)}_(-?\d+\.\d+)\.pt"
-            self._keep(pattern, cfg.keep_best_checkpoints, largest=cfg.maximize_best_checkpoint_metric)
+            self._keep(self._best_pattern(), cfg.keep_best_checkpoints, largest=cfg.maximize_best_checkpoint_metric)
 
     def _keep(self, pattern: str, count: int, largest: bool) -> None:
-        found = [(float(m[1]), path) for path in self.directory.iterdir() if (m := re.fullmatch(pattern, path.name))]
-        found.sort(key=lambda item: item[0], reverse=largest)
-        for _, path in found[count:]:
+        for _, path in self._found(pattern, largest)[count:]:
             path.unlink(missing_ok=True)
+
+    def _found(self, pattern: str, largest: bool) -> list[tuple[float, Path]]:
+        """The files of a name, with the number in it, best first."""
+        found = [(float(m[1]), path) for path in self.directory.iterdir() if (m := re.fullmatch(pattern, path.name))]
+        return sorted(found, key=lambda item: item[0], reverse=largest)
 
     def find(self) -> tuple[Path | None, bool]:
         """The checkpoint to start from, and whether only its parameters count (``--finetune-from-model``).

@@ -1,14 +1,19 @@
-"""Processes and devices: alone, one a GPU on this machine, or as torchrun says."""
+"""Processes and devices: alone, one a GPU on this machine, or as torchrun says.
+
+A process that fails ends all of them. What went wrong travels to the process that started them, which says it once.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
+import signal
 import socket
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +21,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fairseq.errors import FairseqError
+from fairseq.registry import import_user_dir
+from fairseq.training.logging import DATE_FORMAT, LINE_FORMAT
+
+# What gloo says when a process has gone; NCCL does not return, its process is ended with the others
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,9 @@ class World:
         if self.size == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, bucket_cap_mb=bucket_cap_mb)
+        return torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, bucket_cap_mb=bucket_cap_mb, gradient_as_bucket_view=True
+        )
 
 
 def choose_device(cpu: bool, local_rank: int = 0) -> torch.device:
@@ -65,30 +77,41 @@ def launch(main: Callable[[Namespace, World], None], args: Namespace) -> None:
     """Run ``main(args, world)`` in as many processes as asked for, and return when all have ended.
 
     Under torchrun this process is one of them. Otherwise ``--distributed-world-size`` processes are started here (by
-    default one a visible GPU). Raises FairseqError when there are too few GPUs; exits with status 1 when a process
-    failed (it has said why).
+    default one a visible GPU). Raises FairseqError when there are too few GPUs or a process fails.
     """
     if args.fp16 and choose_device(args.cpu).type == "cpu":
         raise FairseqError("--fp16 needs a GPU and none is visible; use --bf16 or float32 on the CPU")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _run(main, args, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://", _local_rank())
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        _run(main, args, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://", local_rank)
         return
     gpus = 0 if args.cpu else torch.cuda.device_count()
     size = args.distributed_world_size or max(gpus, 1)
-    if size < 1 or (gpus and size > gpus):
+    if gpus and size > gpus:
         raise FairseqError(f"--distributed-world-size {size}: {gpus} GPUs are visible; ask for 1 to {gpus}, or --cpu")
     if size == 1:
         main(args, World(0, 1, choose_device(args.cpu)))
         return
     address = f"tcp://127.0.0.1:{args.distributed_port or _free_port()}"
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it says which processes it ends
+    errors = mp.get_context("spawn").SimpleQueue()
+    processes = mp.start_processes(
+        _worker, (main, args, size, address, errors), nprocs=size, join=False, start_method="spawn"
+    )
     try:
-        mp.start_processes(_worker, (main, args, size, address), nprocs=size, start_method="spawn")
-    except mp.ProcessExitedException as error:
-        sys.exit(error.exit_code if error.exit_code > 0 else 1)
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+        while not processes.join():
+            pass
+    except (mp.ProcessExitedException, mp.ProcessRaisedException):
+        for rank, process in enumerate(processes.processes):
+            if process.exitcode < 0 and process.exitcode != -signal.SIGTERM:  # that one is how the others are ended
+                name = signal.Signals(-process.exitcode).name
+                raise FairseqError(f"process {rank} of {size} was ended by signal {name}") from None
+        if not errors.empty():
+            raise FairseqError(errors.get()) from None  # the first; the others may have failed because of it
+        raise
+    finally:
+        for process in processes.processes:
+            process.terminate()
 
 
 def _free_port() -> int:
@@ -97,19 +120,24 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _worker(rank: int, main: Callable[[Namespace, World], None], args: Namespace, size: int, address: str) -> None:
-    from fairseq.cli import command
-
+def _worker(
+    rank: int, main: Callable[[Namespace, World], None], args: Namespace, size: int, address: str, errors: Any
+) -> None:
+    level = os.environ.get("LOGLEVEL", "INFO").upper()
+    logging.basicConfig(level=level, format=LINE_FORMAT, datefmt=DATE_FORMAT, stream=sys.stdout)
+    mp.set_start_method(None, force=True)  # data workers start as usual, not by spawning
     if args.cpu or not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
-    command(lambda argv: _run(main, args, rank, size, address, rank), logs=sys.stdout)(None)
+    try:
+        _run(main, args, rank, size, address, rank)
+    except FairseqError as error:
+        errors.put(str(error))
+        sys.exit(1)
 
 
 def _run(
     main: Callable[[Namespace, World], None], args: Namespace, rank: int, size: int, address: str, local_rank: int
 ) -> None:
-    from fairseq.registry import import_user_dir
-
     import_user_dir(args.user_dir)
     device = choose_device(args.cpu, local_rank)
     if device.type == "cuda":
@@ -121,6 +149,9 @@ def _run(
         raise FairseqError(f"process {rank} of {size} cannot meet the others at {address}: {reason}") from error
     try:
         main(args, World(rank, size, device))
-    finally:
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+    except RuntimeError as error:
+        if any(reason in str(error) for reason in _LOST):
+            raise FairseqError(f"process {rank} of {size} has lost the others, one of which failed") from error
+        raise
+    # after an error, left to the end of the process: the others must not learn of it before its cause is told
+    dist.destroy_process_group()

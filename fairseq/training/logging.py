@@ -176,11 +176,14 @@ class TrainLog:
         """Progress through one epoch of ``total`` updates from ``start`` on, or through a validation subset."""
         return Progress(self, epoch, total, start, subset)
 
-    def summary(self, tag: str, epoch: int, stats: Stats, num_updates: int) -> None:
-        """Log the statistics of a whole epoch. tag: ``train``, or the name of the validation subset."""
+    def summary(self, tag: str, epoch: int | None, stats: Stats, num_updates: int) -> None:
+        """Log the statistics of a whole epoch. tag: ``train``, or the name of the validation subset. epoch: None when
+        a trained model is measured.
+        """
         stats = {**stats, "num_updates": num_updates}
         if self.log_format == "json":
-            line = json.dumps({"epoch": epoch} | {f"{tag}_{name}": value for name, value in _numbers(stats).items()})
+            values = {f"{tag}_{name}": value for name, value in _numbers(stats).items()}
+            line = json.dumps(values if epoch is None else {"epoch": epoch} | values)
         else:
             parts = [_header(epoch, None if tag == "train" else tag)]
             line = " | ".join(parts + [f"{name} {text}" for name, text in format_stats(stats).items()])
@@ -268,8 +271,9 @@ class Progress:
         log._record(self._tag, stats, num_updates)
 
 
-def _header(epoch: int, subset: str | None) -> str:
-    return f"epoch {epoch:03d}" + (f" | valid on '{subset}' subset" if subset else "")
+def _header(epoch: int | None, subset: str | None) -> str:
+    parts = [] if epoch is None else [f"epoch {epoch:03d}"]
+    return " | ".join(parts if subset is None else [*parts, f"valid on '{subset}' subset"])
 
 
 def _open_log_file(path: str) -> logging.Handler:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq import admin
-from fairseq.checkpoint import load_parameters
+from fairseq.checkpoint import check_languages, load_parameters
 from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.translation import TranslationData
 from fairseq.errors import FairseqError
@@ -18,7 +18,7 @@ from fairseq.models.transformer import Transformer
 from fairseq.options import CheckpointConfig, section
 from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.distributed import World
-from fairseq.training.logging import Averages, TrainLog, choose_log_format
+from fairseq.training.logging import Averages, TrainLog
 from fairseq.training.trainer import Trainer
 from fairseq.training.validation import Validator
 
@@ -35,6 +35,7 @@ class TrainingRun:
         model: Transformer,
         itr: EpochBatchIterator,
         data: TranslationData,
+        log: TrainLog,
     ) -> None:
         """Starts from the checkpoint that the flags name, else from ``model`` as it is, with ``--omega-file`` applied.
 
@@ -45,11 +46,12 @@ class TrainingRun:
         self.args = args
         self.world = world
         self.itr = itr
+        self.log = log
         self.started = time.monotonic()
         self.previous_time = 0.0  # seconds that earlier runs of this training took
-        self.train_wall = 0.0  # seconds spent in updates
+        self.train_wall = 0.0  # seconds spent in updates, in earlier runs too
         self.bad_validations = 0  # in a row without a better metric
-        self.epoch_stats = Averages()
+        self.interval_stats, self.epoch_stats = Averages(), Averages()
         self.checkpoints = CheckpointManager(section(CheckpointConfig, args))
         state, path, parameters_only = self.checkpoints.load()
         if state is not None:
@@ -61,75 +63,82 @@ class TrainingRun:
             logger.info(f"omega from {args.omega_file}")
         self.trainer = Trainer(args, model, world)
         self.trainer.dummy_batch = itr.first_batch
-        if state is not None:
-            self._resume(state, path, parameters_only)
-        self.validator = Validator(args, world, data, model, self.trainer.criterion)
-        self.log = TrainLog(
-            choose_log_format(args.log_format, args.no_progress_bar),
-            args.log_interval,
-            is_master=world.is_master,
-            log_file=args.log_file,
-            tensorboard_logdir=args.tensorboard_logdir,
-            wandb_project=args.wandb_project,
-            config=vars(args),
-        )
-
-    def _resume(self, state: dict[str, Any], path: Path | None, parameters_only: bool) -> None:
-        """Take over what the ``--reset-*`` flags leave of a checkpoint besides its parameters."""
-        args, trainer = self.args, self.trainer
         if parameters_only:
             logger.info(f"starting from the parameters of {path}")
-            return
-        history = (state.get("optimizer_history") or [{}])[-1]
-        if not args.reset_optimizer:
-            if state.get("last_optimizer_state") is None:
-                raise FairseqError(f"checkpoint {path} has no optimiser state; continue with --reset-optimizer")
-            if history.get("optimizer_name") != args.optimizer:
-                raise FairseqError(
-                    f"checkpoint {path} holds the state of optimiser {history.get('optimizer_name')}, not of "
-                    f"{args.optimizer}; continue with --reset-optimizer"
-                )
-            trainer.load_optimizer_state(state["last_optimizer_state"])
-            if not args.reset_lr_scheduler:
-                trainer.num_updates = int(history["num_updates"])
-        extra = state.get("extra_state") or {}
-        if not args.reset_dataloader and "train_iterator" in extra:
-            self.itr.load_state_dict(extra["train_iterator"])
-            if "epoch_stats" in extra:
-                self.epoch_stats.load_state_dict(extra["epoch_stats"])
-        if not args.reset_meters:
-            self.checkpoints.best = extra.get("best")
-            self.previous_time = float(extra.get("previous_training_time", 0.0))
-            self.bad_validations = int(extra.get("bad_validations", 0))
+        elif state is not None:
+            self._resume(state, path)
+        subsets = [] if args.disable_validation else args.valid_subset.split(",")
+        self.validator = Validator(args, world, data, model, self.trainer.criterion, subsets)
+
+    def _resume(self, state: dict[str, Any], path: Path | None) -> None:
+        """Take over what the ``--reset-*`` flags leave of a checkpoint besides its parameters."""
+        args, trainer = self.args, self.trainer
+        try:
+            extra = state.get("extra_state") or {}
+            if not args.reset_optimizer:
+                self._resume_optimizer(state, path)
+            if not args.reset_dataloader and "train_iterator" in extra:
+                check_languages(state["args"], args.source_lang, args.target_lang, str(path))
+                self.itr.load_state_dict(extra["train_iterator"])
+                if self.itr.end_of_epoch():
+                    self.itr.next_epoch()
+                for name in ("interval_stats", "epoch_stats"):
+                    if name in extra:
+                        getattr(self, name).load_state_dict(extra[name])
+            if not args.reset_meters:
+                self.checkpoints.best = extra.get("best")
+                self.previous_time = float(extra.get("previous_training_time", 0.0))
+                self.train_wall = float(extra.get("train_wall", 0.0))
+                self.bad_validations = int(extra.get("bad_validations", 0))
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise FairseqError(
+                f"checkpoint {path}: what it holds besides parameters does not fit ({type(error).__name__}: {error}); "
+                "continue with --reset-optimizer, or take the parameters alone with --finetune-from-model"
+            ) from error
         logger.info(f"resumed from {path} (epoch {self.itr.epoch} @ {trainer.num_updates} updates)")
+
+    def _resume_optimizer(self, state: dict[str, Any], path: Path | None) -> None:
+        """Take over the optimiser's state and the count of updates."""
+        history = (state.get("optimizer_history") or [{}])[-1]
+        if state.get("last_optimizer_state") is None:
+            raise FairseqError(f"checkpoint {path} has no optimiser state; continue with --reset-optimizer")
+        name = history.get("optimizer_name")
+        if name != self.args.optimizer:
+            raise FairseqError(
+                f"checkpoint {path} holds the state of optimiser {name}, not of our {self.args.optimizer}; "
+                "continue with --reset-optimizer"
+            )
+        self.trainer.load_optimizer_state(state["last_optimizer_state"])
+        if not self.args.reset_lr_scheduler:
+            self.trainer.num_updates = int(history["num_updates"])
 
     def train(self) -> None:
         """Epochs until a limit is reached. Raises FairseqError when training diverges."""
+        self.trainer.epoch = self.itr.epoch
         stop = self._limit_reached()
         while not stop:
-            stop = self._train_epoch() or self._limit_reached()
+            stop = self._train_epoch()
         logger.info(f"done training in {time.monotonic() - self.started:.1f} seconds: {stop}")
 
     def _limit_reached(self) -> str:
         """Why training ends before another update, or an empty string."""
         args, trainer = self.args, self.trainer
-        trainer.epoch = self.itr.epoch
-        if args.max_epoch and self.itr.epoch > args.max_epoch:
+        if args.max_epoch and trainer.epoch > args.max_epoch:
             return f"--max-epoch {args.max_epoch} reached"
         if args.max_update and trainer.num_updates >= args.max_update:
             return f"--max-update {args.max_update} reached"
-        if args.stop_min_lr > 0 and trainer.num_updates > 0 and trainer.lr <= args.stop_min_lr:
+        if args.stop_min_lr > 0 and trainer.lr_has_fallen_to(args.stop_min_lr):
             return f"learning rate {trainer.lr:g} has fallen to --stop-min-lr {args.stop_min_lr:g}"
         if 0 < args.patience <= self.bad_validations:
             return f"no better {args.best_checkpoint_metric} in --patience {args.patience} validations"
         return ""
 
     def _train_epoch(self) -> str:
-        """The rest of the current epoch. Returns why training ends within it, or an empty string."""
+        """The rest of the current epoch. Returns why training ends within or after it, or an empty string."""
         trainer, itr, epoch = self.trainer, self.itr, self.itr.epoch
         frequency = trainer.update_freq()
-        interval = Averages()
         if itr.updates_done(frequency) == 0:
+            self.interval_stats.reset()
             self.epoch_stats.reset()
         with self.log.progress(epoch, itr.updates_in_epoch(frequency), itr.updates_done(frequency)) as progress:
             for micro_batches in itr.updates(frequency):
@@ -140,55 +149,59 @@ class TrainingRun:
                     scale = trainer.scaler.scale if trainer.scaler else 1.0
                     logger.info(f"gradients overflow: update skipped, loss scale now {scale:g}")
                 if progress.update():
-                    self._take_stats(interval)
-                    progress.log(self._train_stats(interval), trainer.num_updates)
-                    interval.reset()
-                if updated and not itr.end_of_epoch():
-                    stop = self._limit_reached()
-                    self._validate_and_save(epoch, interval, end_of_epoch=False, stopping=bool(stop))
-                    if stop:
-                        return stop
-        self._take_stats(interval)
+                    self._take_stats()
+                    progress.log(self._train_stats(self.interval_stats), trainer.num_updates)
+                    self.interval_stats.reset()
+                if updated and not itr.end_of_epoch() and (stop := self._after_update(epoch)):
+                    return stop
+        self._take_stats()
         self.log.summary("train", epoch, self._train_stats(self.epoch_stats), trainer.num_updates)
         itr.next_epoch()
-        stop = self._limit_reached()
-        self._validate_and_save(epoch, interval, end_of_epoch=True, stopping=bool(stop))
-        return stop
+        trainer.epoch = itr.epoch
+        return self._after_update(epoch, end_of_epoch=True)
 
-    def _take_stats(self, interval: Averages) -> None:
+    def _take_stats(self) -> None:
         """Fetch what the updates have added up to. Raises FairseqError when the loss was not finite."""
         stats = self.trainer.take_stats()
-        interval.add(stats)
+        self.interval_stats.add(stats)
         self.epoch_stats.add(stats)
+
+    def _wall(self) -> float:
+        """Seconds that this training has taken, in earlier runs too."""
+        return self.previous_time + time.monotonic() - self.started
 
     def _train_stats(self, averages: Averages) -> dict[str, float | int]:
         """What a log line says."""
         stats = averages.stats() | {"lr": self.trainer.lr}
         if self.trainer.scaler is not None:
             stats["loss_scale"] = self.trainer.scaler.scale
-        return stats | {"train_wall": self.train_wall, "wall": time.monotonic() - self.started}
+        return stats | {"train_wall": self.train_wall, "wall": self._wall()}
 
-    def _validate_and_save(self, epoch: int, interval: Averages, end_of_epoch: bool, stopping: bool) -> None:
-        """Do what is due after this update."""
+    def _after_update(self, epoch: int, end_of_epoch: bool = False) -> str:
+        """Validate and save as far as due; returns why training ends here, or an empty string."""
         args, updates = self.args, self.trainer.num_updates
-        save = stopping or _due(args.save_interval_updates, updates)
+        stop = self._limit_reached()
+        save = bool(stop) or _due(args.save_interval_updates, updates)
+        check = save if not end_of_epoch else bool(stop) or _due(args.validate_interval, epoch)
+        check = check or _due(args.validate_interval_updates, updates)
         if end_of_epoch:
             save = save or _due(args.save_interval, epoch)
-        check = (save and not end_of_epoch) or stopping or _due(args.validate_interval_updates, updates)
-        if end_of_epoch:
-            check = check or _due(args.validate_interval, epoch)
         if save or check:
-            self._take_stats(interval)  # nothing is saved of a model that has diverged
-        value = None
+            self._take_stats()  # nothing is saved of a model that has diverged
+        value, is_best = None, False
         if check and not args.disable_validation:
             value = self.validator.validate(epoch, updates, self.log, self.checkpoints)
             self.bad_validations = 0 if self.checkpoints.is_better(value) else self.bad_validations + 1
+            is_best = self.checkpoints.note(value)
+            stop = stop or self._limit_reached()
+            save = save or bool(stop)
         if save or value is not None:
             if self.world.is_master:
-                self.checkpoints.save(lambda: self._state(value), epoch, end_of_epoch, updates, value, every=save)
-            elif value is not None:
-                self.checkpoints.note(value)
+                self.checkpoints.save(
+                    lambda: self._state(value), epoch, end_of_epoch, updates, value, is_best, every=save
+                )
             self.world.barrier()
+        return stop
 
     def _state(self, value: float | None) -> dict[str, Any]:
         """The checkpoint: fairseq's keys, and all that a resumed run needs to go on as if never stopped."""
@@ -209,8 +222,10 @@ class TrainingRun:
                 "val_loss": value,
                 "best": self.checkpoints.best,
                 "bad_validations": self.bad_validations,
+                "interval_stats": self.interval_stats.state_dict(),
                 "epoch_stats": self.epoch_stats.state_dict(),
-                "previous_training_time": self.previous_time + time.monotonic() - self.started,
+                "train_wall": self.train_wall,
+                "previous_training_time": self._wall(),
             },
             "last_optimizer_state": None if args.no_save_optimizer_state else trainer.optimizer_state(),
         }

@@ -14,10 +14,13 @@ from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import Transformer
 from fairseq.options import DataConfig, section
 from fairseq.training.distributed import World
+from fairseq.training.logging import TrainLog, choose_log_format
 from fairseq.training.run import TrainingRun
 from fairseq.training.trainer import to_device
 
 logger = logging.getLogger("fairseq.train")
+
+PROFILING = "adaptive-profiling"
 
 
 def train(args: Namespace, world: World) -> None:
@@ -26,30 +29,39 @@ def train(args: Namespace, world: World) -> None:
     Raises FairseqError for bad data, checkpoints, omega files or settings, and when training diverges.
     """
     if not world.is_master:
-        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger().setLevel(logging.ERROR)
     data = TranslationData.open(section(DataConfig, args))
     args.source_lang, args.target_lang = data.source_lang, data.target_lang
-    model = build_model(args, len(data.src_dict), len(data.tgt_dict))
-    itr = EpochBatchIterator(
-        lambda epoch: data.load(args.train_subset, epoch),
-        max_tokens=args.max_tokens,
-        max_sentences=args.batch_size,
-        required_batch_size_multiple=args.required_batch_size_multiple,
-        max_positions=(args.max_source_positions, args.max_target_positions),
-        seed=args.seed,
-        rank=world.rank,
-        world_size=world.size,
-        num_workers=args.num_workers,
-        pin_memory=world.device.type == "cuda",
+    with _open_log(args, world) as log:
+        model = build_model(args, len(data.src_dict), len(data.tgt_dict))
+        itr = EpochBatchIterator(
+            lambda epoch: data.load(args.train_subset, epoch),
+            max_tokens=args.max_tokens,
+            max_sentences=args.batch_size,
+            required_batch_size_multiple=args.required_batch_size_multiple,
+            max_positions=(args.max_source_positions, args.max_target_positions),
+            seed=args.seed,
+            rank=world.rank,
+            world_size=world.size,
+            num_workers=args.num_workers,
+            pin_memory=world.device.type == "cuda",
+        )
+        if args.init_type == PROFILING:
+            profile_to_file(args, model, itr, world)
+        else:
+            TrainingRun(args, world, model, itr, data, log).train()
+
+
+def _open_log(args: Namespace, world: World) -> TrainLog:
+    return TrainLog(
+        choose_log_format(args.log_format, args.no_progress_bar),
+        args.log_interval,
+        is_master=world.is_master,
+        log_file=args.log_file,
+        tensorboard_logdir=args.tensorboard_logdir,
+        wandb_project=None if args.init_type == PROFILING else args.wandb_project,
+        config=vars(args),
     )
-    if args.init_type == "adaptive-profiling":
-        profile_to_file(args, model, itr, world)
-        return
-    run = TrainingRun(args, world, model, itr, data)
-    try:
-        run.train()
-    finally:
-        run.log.close()
 
 
 def build_model(args: Namespace, src_vocab: int, tgt_vocab: int) -> Transformer:
@@ -57,7 +69,7 @@ def build_model(args: Namespace, src_vocab: int, tgt_vocab: int) -> Transformer:
     torch.manual_seed(args.seed)
     cfg: TransformerConfig = section(TransformerConfig, args)
     model = Transformer(cfg, src_vocab, tgt_vocab)
-    logger.info(model)
+    logger.debug(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"architecture {args.arch}, init type {args.init_type}, {trained:,} parameters")
     return model

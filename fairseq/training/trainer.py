@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fairseq import criterions, optim  # noqa: F401  (they register themselves)
 from fairseq.data.translation import Batch
 from fairseq.errors import FairseqError
 from fairseq.models.transformer import PADDING_IDX
@@ -69,6 +70,10 @@ class Trainer:
     def lr(self) -> float:
         """The learning rate of the next update."""
         return self.lr_at(self.num_updates, self.epoch)
+
+    def lr_has_fallen_to(self, limit: float) -> bool:
+        """Whether the learning rate is at most ``limit`` and not about to rise, as in a warm-up."""
+        return self.num_updates > 0 and self.lr <= min(limit, self.lr_at(self.num_updates - 1, self.epoch))
 
     def update_freq(self) -> int:
         """Micro-batches an update in the current epoch."""
@@ -165,16 +170,16 @@ class Trainer:
         return state | {"loss_scaler": self.scaler.state_dict()} if self.scaler else state
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``optimizer_state()``'s result. Raises FairseqError when it does not fit the parameters."""
-        scaler = state.pop("loss_scaler", None)
-        try:
-            self.optimizer.load_state_dict(state)
-        except (ValueError, KeyError, TypeError) as error:
-            raise FairseqError(
-                f"the checkpoint's optimiser state does not fit ({error}); continue with --reset-optimizer"
-            ) from error
-        if self.scaler and scaler:
-            self.scaler.load_state_dict(scaler)
+        """Continue from ``optimizer_state()``'s result, with the settings of our own flags.
+
+        Raises whatever the optimiser raises when it does not fit the parameters.
+        """
+        settings = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
+        self.optimizer.load_state_dict({key: value for key, value in state.items() if key != "loss_scaler"})
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if self.scaler and "loss_scaler" in state:
+            self.scaler.load_state_dict(state["loss_scaler"])
 
 
 def batch_losses(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -31,7 +31,13 @@ class Validator:
     """Opens the validation subsets once and measures a model on them as often as asked; one instance a process."""
 
     def __init__(
-        self, args: Namespace, world: World, data: TranslationData, model: Transformer, criterion: Any
+        self,
+        args: Namespace,
+        world: World,
+        data: TranslationData,
+        model: Transformer,
+        criterion: Any,
+        subsets: Sequence[str],
     ) -> None:
         """Raises FairseqError when a subset is missing or has sentences that are too long, or for bad BLEU flags."""
         self.args = args
@@ -40,9 +46,7 @@ class Validator:
         self.criterion = criterion
         self.sets: dict[str, LanguagePairDataset] = {}
         self.batches: dict[str, list[np.ndarray]] = {}
-        if args.disable_validation:
-            return
-        for name in args.valid_subset.split(","):
+        for name in subsets:
             self.sets[name] = data.load(name)
             self.batches[name] = make_batches(
                 self.sets[name],
@@ -66,22 +70,18 @@ class Validator:
     def validate(self, epoch: int, num_updates: int, log: TrainLog, checkpoints: CheckpointManager) -> float:
         """Measure all subsets and log them; returns ``--best-checkpoint-metric`` of the first.
 
-        checkpoints: knows the best value so far. Raises FairseqError when that metric was not measured.
+        checkpoints: knows the best value so far.
         """
         metric = self.args.best_checkpoint_metric
-        first: float | None = None
+        values = []
         for name in self.sets:
             stats = self.measure(name)
-            if first is None:
-                if metric not in stats:
-                    hint = "; bleu is with --eval-bleu" if metric == "bleu" else ""
-                    raise FairseqError(f"--best-checkpoint-metric {metric} is none of {', '.join(sorted(stats))}{hint}")
-                first = float(stats[metric])
-                best = first if checkpoints.best is None or checkpoints.is_better(first) else checkpoints.best
-                stats[f"best_{metric}"] = best
+            values.append(float(stats[metric]))
+            if len(values) == 1:
+                best = checkpoints.best
+                stats[f"best_{metric}"] = values[0] if best is None or checkpoints.is_better(values[0]) else best
             log.summary(name, epoch, stats, num_updates)
-        assert first is not None
-        return first
+        return values[0]
 
     @torch.no_grad()
     def measure(self, name: str) -> dict[str, float | int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -22,12 +24,15 @@ def flag(
     metavar: str | None = None,
     positional: bool = False,
     const: Any = None,
+    least: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag: field ``max_tokens`` becomes ``--max-tokens``.
 
     aliases: other spellings, such as ``-s`` or an older ``--max-sentences``; they also name the field in old
     checkpoints. choices: allowed values, or a function that lists them when the parser is built. const: the value of
-    the flag when it stands alone.
+    the flag when it stands alone. least, most, below: bounds of a number, or of each number in a list.
     """
     metadata = {
         "help": help,
@@ -36,6 +41,7 @@ def flag(
         "metavar": metavar,
         "positional": positional,
         "const": const,
+        "bounds": (least, most, below),
     }
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -135,7 +141,7 @@ def add_flags(
         if hints[field.name] is bool and default is False:
             settings["action"] = "store_true"
         else:
-            settings["type"] = _parser_of(hints[field.name])
+            settings["type"] = _bounded(_parser_of(hints[field.name]), *meta["bounds"])
             settings["choices"] = choices
             if choices is None:
                 settings["metavar"] = meta["metavar"] or _metavar(hints[field.name])
@@ -148,6 +154,28 @@ def add_flags(
             spelling = "--" + field.name.replace("_", "-")
             group.add_argument(spelling, *meta["aliases"], dest=field.name, **settings)
     return added
+
+
+def _bounded(parse: Callable[[str], Any], least: float | None, most: float | None, below: float | None) -> Any:
+    """``parse``, refusing numbers that are not finite or not within the bounds."""
+    wanted = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
+    wanted += [f"below {below}"] * (below is not None)
+
+    @functools.wraps(parse, updated=())  # argparse names it in errors
+    def checked(text: str) -> Any:
+        value = parse(text)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
+            if (
+                (least is not None and number < least)
+                or (most is not None and number > most)
+                or (below is not None and number >= below)
+            ):
+                raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(wanted)}")
+        return value
+
+    return checked
 
 
 def _metavar(annotation: Any) -> str:

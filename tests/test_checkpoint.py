@@ -1,0 +1,337 @@
+"""Checkpoints: which files a run writes, keeps and starts from; names of parameters; the originals' checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from fairseq.checkpoint import build_from_checkpoint, load_checkpoint, load_model, load_parameters
+from fairseq.errors import FairseqError
+from fairseq.models.config import TransformerConfig
+from fairseq.models.state_dict import from_fairseq, to_fairseq
+from fairseq.models.transformer import Transformer
+from tests.training_runs import (
+    EPOCH,
+    ROOT,
+    assert_fails,
+    assert_same,
+    command_line,
+    files,
+    last,
+    load,
+    logged,
+    train,
+    updates,
+    write_databin,
+)
+
+LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
+
+# -- which files a run writes
+
+
+def epochs(*numbers: int) -> set[str]:
+    return {f"checkpoint{n}.pt" for n in numbers}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), epochs(1, 2, 3) | {LAST, BEST}),
+        (("--save-interval", 2), epochs(2) | {LAST, BEST}),
+        (("--keep-last-epochs", 2), epochs(2, 3) | {LAST, BEST}),
+        (("--no-epoch-checkpoints",), {LAST, BEST}),
+        (("--no-last-checkpoints",), epochs(1, 2, 3) | {BEST}),
+        (("--no-save",), set()),
+        (("--disable-validation",), epochs(1, 2, 3) | {LAST}),
+        (("--validate-interval", 2, "--no-epoch-checkpoints", "--no-last-checkpoints"), {BEST}),
+        (
+            ("--save-interval-updates", 5),
+            epochs(1, 2, 3) | {LAST, BEST} | {f"checkpoint_{e}_{u}.pt" for e, u in ((1, 5), (2, 10), (3, 15), (3, 20))},
+        ),
+        (
+            ("--save-interval-updates", 5, "--keep-interval-updates", 2, "--no-epoch-checkpoints"),
+            {LAST, BEST, "checkpoint_3_15.pt", "checkpoint_3_20.pt"},
+        ),
+        (("--max-update", 10), epochs(1) | {LAST, BEST}),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_names(toy_databin, tmp_path, flags, expected):
+    train(toy_databin, tmp_path / "run", "--max-epoch", 3, *flags)
+    if not (tmp_path / "run").exists():
+        assert expected == set()
+        return
+    assert files(tmp_path / "run") == expected
+    for name in expected & epochs(1, 2, 3):
+        state = load(tmp_path / "run" / name)
+        number = int(name.removeprefix("checkpoint").removesuffix(".pt"))
+        assert state["optimizer_history"][-1]["num_updates"] == number * EPOCH
+        assert state["extra_state"]["train_iterator"]["epoch"] == number + 1
+
+
+def test_best_is_the_best_validation_even_between_saves(toy_databin, tmp_path):
+    flags = ("--lr", 0.05, "--max-epoch", 4, "--validate-interval-updates", 3, "--save-interval", 4)
+    lines = train(toy_databin, tmp_path, *flags, "--keep-best-checkpoints", 2)
+    losses = {line["valid_num_updates"]: line["valid_loss"] for line in lines if "valid_loss" in line}
+    assert len(losses) > 8
+    best = min(losses, key=lambda n: losses[n])
+    assert load(tmp_path / BEST)["optimizer_history"][-1]["num_updates"] == best
+    assert load(tmp_path / BEST)["extra_state"]["best"] == pytest.approx(losses[best], abs=6e-4)
+    kept = sorted(float(m[1]) for name in files(tmp_path) if (m := re.match(r"checkpoint\.best_loss_(.+)\.pt", name)))
+    assert kept == pytest.approx(sorted(losses.values())[:2], abs=6e-4)
+    running = [line["valid_best_loss"] for line in lines if "valid_loss" in line]
+    assert running == [min(list(losses.values())[: i + 1]) for i in range(len(losses))]
+
+
+def test_best_by_bleu(tmp_path):
+    databin = write_databin(tmp_path / "bin", 100, seed=1, words=3)
+    flags = ("--eval-bleu", "--eval-bleu-args", '{"beam": 1, "max_len_b": 20}', "--best-checkpoint-metric", "bleu")
+    flags += ("--maximize-best-checkpoint-metric", "--keep-best-checkpoints", 1, "--eval-tokenized-bleu")
+    lines = train(databin, tmp_path / "run", "--max-epoch", 3, "--lr", 0.02, *flags)
+    scores = [line["valid_bleu"] for line in lines if "valid_bleu" in line]
+    assert len(scores) == 3
+    assert max(scores) > 0
+    assert load(tmp_path / "run" / BEST)["extra_state"]["best"] == pytest.approx(max(scores), abs=6e-3)
+    assert len([name for name in files(tmp_path / "run") if name.startswith("checkpoint.best_bleu_")]) == 1
+
+
+def test_checkpoint_that_cannot_be_written(toy_databin, tmp_path):
+    """A full disk, here a limit on the size of files: one line, status 1, nothing half-written."""
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
+        "from fairseq.cli.train import main; main(sys.argv[1:])"
+    )
+    argv = command_line(toy_databin, tmp_path, "--max-update", 1)
+    done = subprocess.run([sys.executable, "-c", limited, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*checkpoint_best\.pt: cannot write: .*\n", done.stderr)
+    assert files(tmp_path) == set()
+
+
+# -- what a run starts from
+
+
+def test_restore_and_reset_flags(toy_databin, tmp_path):
+    flags = ("--max-epoch", 2, "--save-interval-updates", 5, "--lr", "0.02")
+    train(toy_databin, tmp_path / "first", *flags)
+    start = tmp_path / "first" / "checkpoint_2_10.pt"
+    state = load(start)
+
+    def resumed(name: str, *more: object) -> tuple[int, int, int]:
+        """First update of the continued run, its epoch, and Adam's count of updates in the end."""
+        lines = train(toy_databin, tmp_path / name, "--restore-file", start, "--max-epoch", 2, *more)
+        line = next(line for line in lines if "update" in line)
+        return (
+            line["num_updates"],
+            line["epoch"],
+            int(last(tmp_path / name)["last_optimizer_state"]["state"][0]["step"]),
+        )
+
+    assert resumed("all") == (11, 2, 14)
+    assert resumed("data", "--reset-dataloader", "--max-update", 13) == (11, 1, 13)
+    assert resumed("schedule", "--reset-lr-scheduler") == (1, 2, 14)
+    assert resumed("optimizer", "--reset-optimizer") == (1, 2, 4)
+    assert resumed("new", "--reset-optimizer", "--reset-dataloader", "--max-update", 3) == (1, 1, 3)
+    lines = logged(tmp_path / "all")
+    assert lines[0]["lr"] == pytest.approx(0.01 * (5 / 11) ** 0.5, rel=1e-5)  # the rate is the flags'
+    best = next(line["valid_best_loss"] for line in lines if "valid_loss" in line)
+    assert best <= state["extra_state"]["best"] + 6e-4
+
+
+def test_finetuning_takes_the_parameters_alone(toy_databin, tmp_path):
+    train(toy_databin, tmp_path / "first", "--max-epoch", 1)
+    source = tmp_path / "first" / LAST
+    flags = ("--finetune-from-model", source, "--max-update", 1, "--lr", 0)
+    lines = train(toy_databin, tmp_path / "tuned", *flags)
+    assert min(updates(lines)) == 1
+    assert_same(load(source)["model"], last(tmp_path / "tuned")["model"])
+    # checkpoint_last.pt, once there, comes first
+    lines = train(toy_databin, tmp_path / "tuned", *flags, "--max-update", 2)
+    assert min(updates(lines)) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (("--restore-file", "nowhere.pt"), 1, "--restore-file nowhere.pt: no such file"),
+        (("--finetune-from-model", "nowhere.pt"), 1, "--finetune-from-model nowhere.pt: no such file"),
+        (("--finetune-from-model", "a.pt", "--restore-file", "b.pt"), 2, "contradict"),
+        (("--save-dir", f"{__file__}/below"), 1, "--save-dir"),
+        (("--log-file", f"{__file__}/below"), 1, "--log-file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_paths(toy_databin, tmp_path, capsys, flags, status, message):
+    assert_fails(capsys, status, message, *command_line(toy_databin, tmp_path, "--max-update", 1, *flags))
+
+
+def test_checkpoint_that_does_not_fit(toy_databin, tmp_path, capsys):
+    train(toy_databin, tmp_path, "--max-update", 1, "--no-save-optimizer-state")
+    before = (tmp_path / LAST).read_bytes()
+    for flags, message in (
+        ((), "no optimiser state; continue with --reset-optimizer"),
+        (("--encoder-layers", 2), "lacks encoder.layers.1"),
+        (("--encoder-ffn-embed-dim", 32), "(24, 16) in the file and (32, 16) in the model"),
+        (("--init-type", "adaptive"), "omega"),
+    ):
+        assert_fails(capsys, 1, message, *command_line(toy_databin, tmp_path, "--max-update", 2, *flags))
+    assert (tmp_path / LAST).read_bytes() == before
+    assert min(updates(train(toy_databin, tmp_path, "--max-update", 2, "--reset-optimizer"))) == 1
+    assert_fails(
+        capsys,
+        1,
+        "holds the state of optimiser adam",
+        *command_line(toy_databin, tmp_path, "--max-update", 5, "--optimizer", "radam"),
+    )
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"extra_state": {"train_iterator": {"epoch": "x"}}},
+        {"extra_state": {"train_iterator": 3}},
+        {"extra_state": [1]},
+        {"optimizer_history": 7},
+        {"optimizer_history": [{"optimizer_name": "adam"}]},
+        {"last_optimizer_state": {"state": {}}},
+        {"last_optimizer_state": [1, 2]},
+    ],
+    ids=str,
+)
+def test_checkpoint_that_says_nonsense(toy_databin, tmp_path, capsys, broken):
+    train(toy_databin, tmp_path, "--max-update", 1)
+    torch.save(last(tmp_path) | broken, tmp_path / LAST)
+    assert_fails(capsys, 1, str(tmp_path / LAST), *command_line(toy_databin, tmp_path, "--max-update", 2))
+
+
+# -- names of parameters
+
+
+def build(**settings: object) -> Transformer:
+    shape = {"encoder_embed_dim": 8, "encoder_ffn_embed_dim": 12, "encoder_attention_heads": 2, "encoder_layers": 2}
+    shape |= {"decoder_layers": 2, "decoder_attention_heads": 2}
+    torch.manual_seed(3)
+    vocab = 20 if settings.get("share_all_embeddings") else 24
+    return Transformer(TransformerConfig(**(shape | settings)), 20, vocab)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"share_all_embeddings": True},
+        {"share_decoder_input_output_embed": True},
+        {"init_type": "adaptive"},
+        {"encoder_normalize_before": True, "decoder_normalize_before": True, "layernorm_embedding": True},
+        {"encoder_learned_pos": True, "decoder_learned_pos": True},
+        {"decoder_embed_dim": 6, "decoder_ffn_embed_dim": 10},
+    ],
+    ids=str,
+)
+def test_round_trip(tmp_path, settings):
+    model = build(**settings)
+    args = argparse.Namespace(**asdict(model.cfg))
+    torch.save({"args": args, "model": to_fairseq(model.state_dict())}, tmp_path / "model.pt")
+    loaded = load_model(tmp_path / "model.pt")
+    assert_same(dict(model.state_dict()), dict(loaded.state_dict()))
+    assert loaded.cfg == model.cfg
+
+
+def test_fused_and_old_names():
+    model = build(share_decoder_input_output_embed=True)
+    current = to_fairseq(model.state_dict())
+    old: dict[str, torch.Tensor] = {}
+    norms = {"self_attn_layer_norm": 0, "encoder_attn_layer_norm": 1, "final_layer_norm": 2}
+    for name, tensor in current.items():
+        if match := re.fullmatch(r"(.*attn\.)q_proj\.(weight|bias)", name):
+            parts = [current[f"{match[1]}{part}_proj.{match[2]}"] for part in "qkv"]
+            name, tensor = f"{match[1]}in_proj_{match[2]}", torch.cat(parts)
+        elif re.search(r"\.[kv]_proj\.", name):
+            continue
+        if match := re.fullmatch(r"(encoder|decoder)(\.layers\.\d)\.(\w+_layer_norm)\.(\w+)", name):
+            number = norms[match[3]] if match[1] == "decoder" else min(norms[match[3]], 1)
+            name = f"{match[1]}{match[2]}.layer_norms.{number}.{match[4]}"
+        old[name] = tensor
+    assert "encoder.layers.0.self_attn.in_proj_weight" in old
+    assert "decoder.layers.1.layer_norms.2.bias" in old
+    other = build(share_decoder_input_output_embed=True, dropout=0.5)
+    for parameter in other.parameters():
+        torch.nn.init.zeros_(parameter)
+    load_parameters(other, from_fairseq(old), "old")
+    assert_same(dict(model.state_dict()), dict(other.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["fairseq08_postln_3x3.pt", "fairseq08_admin_1x1_full.pt", "fairseq012_tiny.pt"])
+def test_our_names_are_the_originals(shared, name):
+    state = load_checkpoint(shared / "reference" / name)
+    model = build_from_checkpoint(state, name)
+    ours, theirs = to_fairseq(model.state_dict()), state["model"]
+    unfused = {key: t for key, t in theirs.items() if "in_proj_" not in key}
+    fused = {re.sub("in_proj_", f"{p}_proj.", key) for key in theirs if "in_proj_" in key for p in "qkv"}
+    # 0.9 and later repeat a shared output embedding; the positional buffer went in 0.12; both read files without
+    assert ours.keys() - {"encoder.embed_positions._float_tensor", "decoder.embed_positions._float_tensor"} == (
+        unfused.keys() | fused
+    ) - {"decoder.output_projection.weight"} - {k for k in theirs if "_float_tensor" in k}
+    for key in unfused.keys() & ours.keys():
+        if "version" not in key and "_float_tensor" not in key:
+            torch.testing.assert_close(ours[key], theirs[key].float(), rtol=0, atol=0)
+
+
+def test_keys_of_the_file_are_fairseqs(shared, toy_databin, tmp_path):
+    train(toy_databin, tmp_path, "--max-update", 1)
+    ours, theirs = last(tmp_path), load_checkpoint(shared / "reference" / "fairseq08_admin_1x1_full.pt")
+    assert ours.keys() == theirs.keys()
+    assert ours["optimizer_history"][0].keys() == theirs["optimizer_history"][0].keys()
+    assert set(ours["last_optimizer_state"]) == set(theirs["last_optimizer_state"])
+    assert {"train_iterator", "val_loss", "best"} <= ours["extra_state"].keys()
+    assert {"epoch", "iterations_in_epoch"} <= ours["extra_state"]["train_iterator"].keys()
+    assert isinstance(ours["args"], argparse.Namespace)
+    wanted = {"arch", "task", "criterion", "source_lang", "target_lang", "encoder_layers", "init_type"}
+    assert wanted <= vars(ours["args"]).keys()
+
+
+# -- the originals' checkpoints
+
+
+def reference_flags(args: dict[str, object]) -> list[str]:
+    """The model's flags, from a checkpoint's settings."""
+    flags = ["--dropout", "0.1", "--attention-dropout", "0"]
+    for stack in ("encoder", "decoder"):
+        for name in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads"):
+            flags += [f"--{stack}-{name}".replace("_", "-"), str(args[f"{stack}_{name}"])]
+    return flags + ["--share-all-embeddings"] * bool(args["share_all_embeddings"])
+
+
+@pytest.mark.parametrize("name", ["fairseq08_admin_1x1_full.pt", "fairseq012_tiny.pt"])
+def test_finetuning_the_originals(shared, tmp_path, name):
+    path, databin = shared / "reference" / name, shared / "reference" / "multi30k-databin"
+    original = load_checkpoint(path)
+    flags = [*reference_flags(original["args"]), "--disable-validation", "--max-update", "1", "--lr", "0"]
+    train(databin, tmp_path, "--finetune-from-model", path, *flags)
+    ours = from_fairseq(last(tmp_path)["model"])
+    assert_same(ours, {key: t.float() for key, t in from_fairseq(original["model"]).items()})
+
+
+def test_continuing_an_original(shared, tmp_path, capsys):
+    path, databin = shared / "reference" / "fairseq08_admin_1x1_full.pt", shared / "reference" / "multi30k-databin"
+    flags = [*reference_flags(load_checkpoint(path)["args"]), "--disable-validation", "--max-update", "2"]
+    argv = command_line(databin, tmp_path, "--restore-file", path, *flags)
+    assert_fails(capsys, 1, "FairseqAdam", *argv)
+    lines = train(databin, tmp_path, "--restore-file", path, "--reset-optimizer", *flags)
+    assert sorted(updates(lines)) == [1, 2]
+    assert last(tmp_path)["extra_state"]["train_iterator"]["epoch"] == 1
+    assert last(tmp_path)["extra_state"]["best"] == pytest.approx(13.93661248071683)
+
+
+def test_foreign_objects_are_no_obstacle(tmp_path):
+    with pytest.raises(FairseqError, match="no settings"):
+        torch.save({"model": {}}, tmp_path / "empty.pt")
+        load_checkpoint(tmp_path / "empty.pt")

@@ -1,0 +1,172 @@
+"""Several processes on the CPU: the same training as one process, and one error when one of them fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.training_runs import (
+    EPOCH,
+    assert_fails,
+    assert_same,
+    command_line,
+    files,
+    last,
+    load,
+    logged,
+    start,
+    train,
+    updates,
+)
+
+TWO = ("--distributed-world-size", "2")
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m")
+
+
+def assert_near(one: list[dict[str, float]], other: list[dict[str, float]]) -> None:
+    a, b = updates(one), updates(other)
+    assert a.keys() == b.keys()
+    for number, line in a.items():
+        for key, value in line.items():
+            # what is logged has three digits, the gradient norm of the mean too
+            assert b[number][key] == pytest.approx(value, abs=1.1e-3, rel=1e-5), (number, key)
+
+
+@pytest.fixture(scope="module")
+def one_process(toy_databin, tmp_path_factory) -> tuple[Path, list[dict[str, float]]]:
+    """One process with --update-freq 2: 4 updates an epoch, the last of a single batch."""
+    directory = tmp_path_factory.mktemp("one")
+    lines = train(toy_databin, directory, "--update-freq", 2, "--max-epoch", 2)
+    assert EPOCH % 2 == 1
+    assert max(updates(lines)) == 8
+    return directory, lines
+
+
+@pytest.mark.slow
+def test_several_processes_are_one_with_a_larger_update_freq(toy_databin, tmp_path, one_process):
+    """The first epoch in two processes of our own, the second, resumed, under torchrun."""
+    directory, expected = one_process
+    lines = train(toy_databin, tmp_path, *TWO, "--max-epoch", 1)
+    assert_same(load(directory / "checkpoint1.pt")["model"], last(tmp_path)["model"], atol=1e-5)
+    process = start(toy_databin, tmp_path, "--max-epoch", 2, launcher=TORCHRUN)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    lines = logged(tmp_path)
+    assert_near(expected, lines)
+    for key in ("model", "last_optimizer_state"):
+        assert_same(last(directory)[key], last(tmp_path)[key], atol=1e-5)
+    whole = [line for line in lines if "train_loss" in line]
+    assert [line["train_bsz"] * 4 for line in whole] == [300, 300]  # every sentence once
+    for key in ("train_loss", "valid_loss", "valid_ppl"):
+        values = [[line[key] for line in part if key in line] for part in (lines, expected)]
+        assert values[0] == pytest.approx(values[1], abs=2e-2 if key == "valid_ppl" else 1.1e-3)
+    assert last(tmp_path)["extra_state"]["best"] == pytest.approx(last(directory)["extra_state"]["best"], abs=1e-5)
+    assert files(tmp_path) == files(directory)
+
+
+@pytest.mark.slow
+def test_one_process_of_several_profiles(toy_databin, tmp_path):
+    paths = tmp_path / "one", tmp_path / "two"
+    flags = ("--init-type", "adaptive-profiling", "--omega-file")
+    train(toy_databin, tmp_path / "run", *flags, paths[0])
+    process = start(toy_databin, tmp_path / "run", *flags, paths[1], launcher=TORCHRUN)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.fixture
+def failure(capfd) -> Callable[..., list[str]]:
+    """Run a command that fails with status 1; returns the lines of its standard error that are not torch's warnings."""
+
+    def run(*arguments: object) -> list[str]:
+        with pytest.raises(SystemExit) as exit_info:
+            train(*arguments)  # type: ignore[arg-type]
+        assert exit_info.value.code == 1
+        lines = capfd.readouterr().err.splitlines()
+        return [line for line in lines if not line.startswith("[") and "Warning" not in line and line[:2] != "  "]
+
+    return run
+
+
+USER_DIR = """
+import os, signal, torch
+import torch.distributed as dist
+from fairseq.criterions.cross_entropy import smoothed_nll
+from fairseq.errors import FairseqError
+from fairseq.registry import CRITERIONS
+
+@CRITERIONS.register("{name}")
+def failing(config, padding_idx):
+    calls = []
+    def criterion(logits, target):
+        calls.append(1)
+        if len(calls) == 3 and dist.get_rank() == 1:
+            {action}
+        return smoothed_nll(logits, target, 0.1, padding_idx)
+    return criterion
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ("raise FairseqError('the third batch is bad')", "error: the third batch is bad"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "error: process 1 of 2 was ended by signal SIGKILL"),
+    ],
+    ids=["error", "killed"],
+)
+def test_one_failing_process_ends_all_with_one_line(toy_databin, tmp_path, failure, action, message):
+    name = "failing_" + action[:5].strip(".'( ")
+    user_dir = tmp_path / f"user_{name}"
+    user_dir.mkdir()
+    (user_dir / "__init__.py").write_text(USER_DIR.format(action=action, name=name))
+    flags = (*TWO, "--max-epoch", 2, "--user-dir", user_dir, "--criterion", name)
+    assert failure(toy_databin, tmp_path / "run", *flags) == [message]
+
+
+@pytest.mark.slow
+def test_an_error_of_all_processes_is_told_once(toy_databin, tmp_path, failure):
+    flags = (*TWO, "--max-epoch", 1, "--optimizer", "sgd", "--lr", "1e30", "--lr-scheduler", "fixed")
+    (line,) = failure(toy_databin, tmp_path, *flags)
+    assert re.match("error: .* training diverges", line)
+
+
+@pytest.mark.slow
+def test_port_in_use(toy_databin, tmp_path, failure):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        (line,) = failure(toy_databin, tmp_path, *TWO, "--distributed-port", port, "--max-epoch", 1)
+    assert re.match(rf"error: process 0 of 2 cannot meet the others at tcp://127.0.0.1:{port}: .*in use", line)
+
+
+@pytest.mark.slow
+def test_interrupt_ends_all(toy_databin, tmp_path):
+    process = start(toy_databin, tmp_path, *TWO, "--max-update", 100000)
+    while process.poll() is None and not (tmp_path / "checkpoint1.pt").exists():
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines() == ["interrupted"]
+    deadline = time.monotonic() + 30
+    while any(os.path.exists(f"/proc/{pid}") for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("size", ["0", "-2", "two"])
+def test_world_size(toy_databin, tmp_path, capsys, size):
+    argv = command_line(toy_databin, tmp_path, "--distributed-world-size", size, "--max-update", 1)
+    assert_fails(capsys, 2, "--distributed-world-size", *argv)

@@ -1,0 +1,451 @@
+"""``fairseq-train``: resuming, the arithmetic of an update, limits, divergence, Admin's two commands."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fairseq.cli import generate
+from fairseq.data.batching import EpochBatchIterator
+from fairseq.data.translation import TranslationData
+from fairseq.errors import FairseqError
+from fairseq.models.transformer import Transformer
+from fairseq.options import DataConfig, parse_train_args, section
+from fairseq.training.distributed import World
+from fairseq.training.precision import DynamicLossScaler
+from fairseq.training.train import build_model
+from fairseq.training.trainer import Trainer
+from tests.training_runs import (
+    EPOCH,
+    assert_fails,
+    assert_same,
+    command_line,
+    files,
+    last,
+    load,
+    start,
+    train,
+    updates,
+    write_databin,
+)
+
+ADAM = ("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.01")
+RADAM = ("--optimizer", "radam", *ADAM[2:])
+SGD = ("--optimizer", "sgd", "--lr", "0.5", "--lr-scheduler", "fixed", "--warmup-updates", "0", "--dropout", "0")
+SGD += ("--attention-dropout", "0")
+CPU = World(0, 1, torch.device("cpu"))
+
+# -- resuming
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    a, b = last(one), last(other)
+    for key in ("model", "last_optimizer_state"):
+        assert_same(a[key], b[key])
+    assert a["extra_state"]["train_iterator"] == b["extra_state"]["train_iterator"]
+    assert a["optimizer_history"][-1]["num_updates"] == b["optimizer_history"][-1]["num_updates"]
+
+
+@pytest.mark.parametrize(
+    ("stops", "flags"),
+    [
+        ((3,), ADAM),
+        ((EPOCH,), ADAM),
+        ((5, 13), RADAM),
+        ((5, 13), (*ADAM, "--update-freq", "2", "--log-interval", "3")),
+        ((5,), (*ADAM, "--update-freq", "3,1", "--clip-norm", "0.5", "--num-workers", "1", "--bf16")),
+    ],
+    ids=["within an epoch", "after an epoch", "radam", "update-freq", "bf16"],
+)
+def test_resumed_run_is_the_uninterrupted_one(toy_databin, tmp_path, stops, flags):
+    whole = train(toy_databin, tmp_path / "whole", *flags, "--max-update", 19)
+    parts = []
+    for stop in (*stops, 19):
+        parts += train(toy_databin, tmp_path / "parts", *flags, "--max-update", stop)
+    assert updates(parts) == updates(whole)
+    assert len(updates(whole)) >= 5
+
+    def epochs(lines):
+        return {line["epoch"]: (line["train_loss"], line["train_gnorm"]) for line in lines if "train_loss" in line}
+
+    assert epochs(parts) == epochs(whole)
+    assert len(epochs(whole)) >= 2
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resuming_with_rotating_databins(toy_databin, tmp_path):
+    other = write_databin(tmp_path / "bin", 200, seed=5)
+    data = f"{toy_databin}:{other}"
+    whole = train(data, tmp_path / "whole", "--max-update", 17)
+    parts = []
+    for stop in (EPOCH, EPOCH + 2, 13, 17):
+        parts += train(data, tmp_path / "parts", "--max-update", stop)
+    assert updates(parts) == updates(whole)
+    sentences = {n: line["bsz"] for n, line in updates(whole).items()}
+    assert sum(sentences[n] for n in range(1, EPOCH + 1)) == 300
+    assert sum(bsz for n, bsz in sentences.items() if n > EPOCH) >= 200
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_as_if_it_had_not_been(toy_databin, tmp_path):
+    flags = (*RADAM, "--save-interval-updates", 3, "--keep-interval-updates", 1, "--max-update", 150)
+    seed = random.randrange(1000)
+    chance = random.Random(seed)
+    train(toy_databin, tmp_path / "whole", *flags)
+    directory, kills = tmp_path / "parts", 0
+    while kills < 2:
+        before = (directory / "checkpoint_last.pt").stat().st_mtime_ns if kills else 0
+        process = start(toy_databin, directory, *flags)
+        try:
+            path = directory / "checkpoint_last.pt"
+            while process.poll() is None and not (path.exists() and path.stat().st_mtime_ns > before):
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 0.3))
+        finally:
+            process.kill()
+            process.communicate()
+        kills += 1
+    assert last(directory)["optimizer_history"][-1]["num_updates"] < 150, f"seed {seed}"
+    train(toy_databin, directory, *flags)
+    assert_same_training(tmp_path / "whole", directory)
+
+
+def test_clock_and_best_go_on(toy_databin, tmp_path):
+    first = train(toy_databin, tmp_path, "--max-epoch", 1)
+    state = last(tmp_path)
+    extra = state["extra_state"]
+    extra["previous_training_time"] += 1000
+    extra["train_wall"] += 500
+    torch.save(state, tmp_path / "checkpoint_last.pt")
+    second = train(toy_databin, tmp_path, "--max-epoch", 2)
+    assert first[-2]["train_wall"] < 60 < 500 <= second[-2]["train_train_wall"] < 560
+    assert 1000 <= second[-2]["train_wall"] < 1100
+    assert second[-1]["valid_best_loss"] <= first[-1]["valid_loss"]
+    fresh = train(toy_databin, tmp_path, "--max-epoch", 3, "--reset-meters")
+    assert fresh[-2]["train_wall"] < 60
+
+
+# -- the arithmetic of an update, against float64
+
+
+def first_update(databin: Path, *flags: object) -> tuple[Transformer, list[dict[str, float]], list[torch.Tensor]]:
+    """The initial model in float64, and of the first update: each micro-batch's counts and losses (nats), and the
+    gradient of the summed label-smoothed loss (0.1).
+    """
+    args = parse_train_args(command_line(databin, Path("unused"), *flags))
+    data = TranslationData.open(section(DataConfig, args))
+    model = build_model(args, len(data.src_dict), len(data.tgt_dict)).double()
+    itr = EpochBatchIterator(
+        lambda epoch: data.load("train", epoch),
+        max_tokens=400,
+        max_sentences=None,
+        required_batch_size_multiple=8,
+        max_positions=(1024, 1024),
+        seed=args.seed,
+    )
+    counts, total = [], torch.zeros((), dtype=torch.float64)
+    for batch in next(itr.updates(args.update_freq[0])):
+        assert batch is not None
+        log_probs = model(**batch["net_input"])[0].log_softmax(-1)
+        real = batch["target"] != 1
+        nll = -log_probs.gather(-1, batch["target"][..., None])[..., 0][real].sum()
+        loss = 0.9 * nll + 0.1 * -log_probs.mean(-1)[real].sum()
+        counts.append({"ntokens": int(real.sum()), "nsentences": len(real), "loss": loss.item(), "nll": nll.item()})
+        total = total + loss
+    total.backward()
+    return model, counts, [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "unit", "clip"),
+    [
+        ((), "ntokens", None),
+        (("--sentence-avg",), "nsentences", None),
+        (("--update-freq", "3"), "ntokens", None),
+        (("--update-freq", "2", "--clip-norm", "0.25"), "ntokens", 0.25),
+        (("--clip-norm", "1000"), "ntokens", 1000.0),
+    ],
+    ids=str,
+)
+def test_update_by_hand(toy_databin, tmp_path, flags, unit, clip):
+    model, counts, gradients = first_update(toy_databin, *SGD, *flags)
+    sums = {key: sum(count[key] for count in counts) for key in counts[0]}
+    gradients = [g / sums[unit] for g in gradients]
+    norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+    factor = 1.0 if clip is None else min(1.0, clip / norm)
+    (line,) = updates(train(toy_databin, tmp_path, *SGD, *flags, "--max-update", 1)).values()
+    assert line["loss"] == pytest.approx(sums["loss"] / sums[unit] / math.log(2), abs=6e-4)
+    assert line["nll_loss"] == pytest.approx(sums["nll"] / sums["ntokens"] / math.log(2), abs=6e-4)
+    assert line["ppl"] == pytest.approx(math.exp(sums["nll"] / sums["ntokens"]), abs=6e-3)
+    assert line["gnorm"] == pytest.approx(norm, abs=6e-4)
+    assert line["clip"] == (100 if factor < 1 else 0)
+    assert (line["wpb"], line["bsz"]) == (sums["ntokens"], sums["nsentences"])
+    expected = {name: p.detach() - 0.5 * factor * p.grad / sums[unit] for name, p in model.named_parameters()}
+    saved = last(tmp_path)["model"]
+    for name in ("encoder.embed_tokens.weight", "decoder.layers.0.self_attn.k_proj.weight"):
+        torch.testing.assert_close(saved[name].double(), expected[name], rtol=0, atol=1e-6)
+    name = "decoder.layers.0.feed_forward.fc1.weight"
+    torch.testing.assert_close(saved[name.replace("feed_forward.", "")].double(), expected[name], rtol=0, atol=1e-6)
+
+
+def test_update_freq_by_epoch(toy_databin, tmp_path):
+    lines = train(toy_databin, tmp_path, "--update-freq", "4,2", "--max-epoch", 3)
+    per_epoch = {line["epoch"]: line["train_num_updates"] for line in lines if "train_loss" in line}
+    assert per_epoch == {1: 2, 2: 2 + 4, 3: 2 + 4 + 4}
+    sentences = [line["train_bsz"] for line in lines if "train_loss" in line]
+    assert sentences == [150, 75, 75]  # every sentence once an epoch
+
+
+# -- limits
+
+
+@pytest.mark.parametrize(
+    ("flags", "count", "why"),
+    [
+        (("--max-update", 9), 9, "--max-update 9"),
+        (("--max-epoch", 2, "--max-update", 100), 2 * EPOCH, "--max-epoch 2"),
+        (("--stop-min-lr", 0.0055, "--max-update", 100), 17, "--stop-min-lr"),
+        (("--min-lr", 0.0055, "--max-update", 100), 17, "--stop-min-lr"),
+    ],
+    ids=str,
+)
+def test_limits(toy_databin, tmp_path, flags, count, why):
+    lines = train(toy_databin, tmp_path, *flags)
+    assert max(updates(lines)) == count  # 0.01 * sqrt(5 / 17) is the first rate below 0.0055
+    assert last(tmp_path)["optimizer_history"][-1]["num_updates"] == count
+    assert why in (tmp_path / "log").read_text().splitlines()[-1]
+    assert train(toy_databin, tmp_path, *flags) == []  # nothing is left to do
+
+
+def test_patience_counts_validations_without_a_better_one(toy_databin, tmp_path):
+    flags = (*SGD, "--lr", 0, "--max-update", 100)  # the loss stays as it is
+    lines = train(toy_databin, tmp_path / "epochs", *flags, "--patience", 2)
+    assert [line["epoch"] for line in lines if "valid_loss" in line] == [1, 2, 3]
+    flags = (*flags, "--validate-interval-updates", 2)
+    lines = train(toy_databin, tmp_path / "updates", *flags, "--patience", 3)
+    assert [line["valid_num_updates"] for line in lines if "valid_loss" in line] == [2, 4, 6, 7]
+    assert last(tmp_path / "updates")["optimizer_history"][-1]["num_updates"] == 7
+    assert train(toy_databin, tmp_path / "updates", *flags, "--patience", 3) == []  # patience is remembered
+
+
+def test_training_without_end_is_refused(toy_databin, tmp_path, capsys):
+    assert_fails(capsys, 1, "--max-epoch or --max-update", *command_line(toy_databin, tmp_path))
+
+
+# -- precision and divergence
+
+
+def test_divergence_ends_training_and_keeps_the_checkpoint(toy_databin, tmp_path, capsys):
+    train(toy_databin, tmp_path, "--max-epoch", 1)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    flags = (*SGD, "--lr", "1e6", "--max-epoch", 3, "--save-interval-updates", 1, "--reset-optimizer")
+    assert_fails(capsys, 1, "training diverges", *command_line(toy_databin, tmp_path, *flags))
+    after = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    assert after["checkpoint1.pt"] == before["checkpoint1.pt"]
+    for name in after:
+        for tensor in load(tmp_path / name)["model"].values():
+            assert tensor.isfinite().all()
+
+
+def test_bf16_trains_near_float32(toy_databin, tmp_path):
+    plain = updates(train(toy_databin, tmp_path / "float32", "--max-update", 20))
+    mixed = updates(train(toy_databin, tmp_path / "bf16", "--max-update", 20, "--bf16"))
+    assert mixed != plain
+    assert mixed[20]["loss"] == pytest.approx(plain[20]["loss"], rel=0.02)
+    assert all(tensor.dtype == torch.float32 for tensor in last(tmp_path / "bf16")["model"].values())
+
+
+def test_fp16_on_the_cpu_is_refused(toy_databin, tmp_path, capsys):
+    argv = command_line(toy_databin, tmp_path, "--fp16", "--max-update", 1)
+    assert_fails(capsys, 2, "--fp16 needs a GPU", *argv)
+    if not torch.cuda.is_available():
+        assert_fails(capsys, 1, "--fp16 needs a GPU", *[flag for flag in argv if flag != "--cpu"])
+
+
+def fp16_trainer(databin: Path, *flags: object) -> tuple[Trainer, EpochBatchIterator]:
+    """A trainer that computes in float16, which the command line leaves to GPUs but works on the CPU."""
+    args = parse_train_args(command_line(databin, Path("unused"), *flags))
+    args.fp16 = True
+    data = TranslationData.open(section(DataConfig, args))
+    itr = EpochBatchIterator(
+        lambda epoch: data.load("train", epoch),
+        max_tokens=400,
+        max_sentences=None,
+        max_positions=(1024, 1024),
+        seed=1,
+    )
+    return Trainer(args, build_model(args, len(data.src_dict), len(data.tgt_dict)), CPU), itr
+
+
+def test_fp16_overflow_skips_the_update_and_lowers_the_scale(toy_databin):
+    trainer, itr = fp16_trainer(toy_databin, *SGD, "--fp16-init-scale", 2**30)
+    before = [p.clone() for p in trainer.parameters]
+    batches = itr.updates(1)
+    first = next(batches)
+    assert not trainer.train_step(first)
+    assert trainer.scaler is not None
+    assert trainer.scaler.scale == 2**29
+    assert trainer.num_updates == 0
+    assert trainer.take_stats()["updates"] == 0
+    assert_same(before, trainer.parameters)
+    while not trainer.train_step(first):
+        assert trainer.scaler.scale >= 2**5
+    plain, _ = fp16_trainer(toy_databin, *SGD, "--fp16-init-scale", 1)
+    plain.train_step(first)
+    assert_same(plain.parameters, trainer.parameters, atol=1e-4)  # the scale leaves no trace in the update
+    stats, expected = trainer.take_stats(), plain.take_stats()
+    assert stats["gnorm"] == pytest.approx(expected["gnorm"], rel=1e-2)
+    assert stats["loss"] == pytest.approx(expected["loss"])
+    # the scaler's state goes with the optimiser's
+    other, _ = fp16_trainer(toy_databin, *SGD)
+    other.load_optimizer_state(trainer.optimizer_state())
+    assert other.scaler is not None
+    assert other.scaler.state_dict() == trainer.scaler.state_dict()
+
+
+def test_fp16_without_a_way_down_ends(toy_databin):
+    trainer, itr = fp16_trainer(toy_databin, *SGD, "--fp16-init-scale", 2**30, "--min-loss-scale", 2**29)
+    batch = next(itr.updates(1))
+    assert not trainer.train_step(batch)
+    with pytest.raises(FairseqError, match="--min-loss-scale"):
+        trainer.train_step(batch)
+
+
+def test_loss_scaler_by_hand():
+    scaler = DynamicLossScaler(init_scale=8, scale_window=3)
+    scales = []
+    for overflow in (0, 0, 0, 0, 1, 0, 0, 0, 1, 1):
+        scaler.update(bool(overflow))
+        scales.append(scaler.scale)
+    # doubled when the updates since the last overflow (the first one counts from -1) are a multiple of the window
+    assert scales == [8, 8, 16, 16, 8, 8, 8, 16, 8, 4]
+
+
+def test_loss_scaler_tolerates_a_share_of_overflows():
+    scaler = DynamicLossScaler(init_scale=8, scale_window=100, tolerance=0.5)
+    scales = []
+    for overflow in (0, 0, 0, 1, 1, 1, 1, 0):
+        scaler.update(bool(overflow))
+        scales.append(scaler.scale)
+    # overflows / updates since the last change, at the overflows: 1/4, 2/5, 3/6 (halved, counted anew), 1/1
+    assert scales == [8, 8, 8, 8, 8, 4, 2, 2]
+
+
+def test_loss_scaler_threshold_and_state():
+    scaler = DynamicLossScaler(init_scale=4, scale_window=2, threshold=2)
+    for _ in range(5):
+        scaler.update(overflow=True)
+    assert scaler.scale == 2
+    other = DynamicLossScaler(scale_window=2, threshold=2)
+    other.load_state_dict(scaler.state_dict())
+    for overflow in (False, False, True, False, False, False):
+        scaler.update(overflow)
+        other.update(overflow)
+        assert scaler.state_dict() == other.state_dict()
+
+
+# -- Admin: profile, train, resume
+
+
+@pytest.fixture
+def cwd(tmp_path, monkeypatch) -> Path:
+    """An empty working directory: the omega file's default place."""
+    directory = tmp_path / "cwd"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    return directory
+
+
+def profile(databin: Path, directory: Path, *flags: object) -> bytes:
+    train(databin, directory / "none", "--init-type", "adaptive-profiling", *flags)
+    return Path("profile.ratio.init").read_bytes()
+
+
+def test_profile_depends_on_seed_and_model_alone(toy_databin, tmp_path, cwd):
+    first = profile(toy_databin, tmp_path)
+    assert [path.name for path in cwd.iterdir()] == ["profile.ratio.init"]
+    assert files(tmp_path / "none") == set()  # nothing is trained
+    for flags in (
+        (),
+        ("--bf16",),
+        ("--update-freq", 3),
+        ("--distributed-world-size", 2),
+        (*SGD[:2], "--lr", 7, "--lr-scheduler", "fixed"),
+        ("--max-epoch", 5, "--sentence-avg", "--clip-norm", 1),
+    ):
+        assert profile(toy_databin, tmp_path, *flags) == first, flags
+    assert profile(toy_databin, tmp_path, "--seed", 2) != first
+    assert profile(toy_databin, tmp_path, "--dropout", 0) != first
+
+
+def test_failed_profile_leaves_the_old_file(toy_databin, tmp_path, cwd, capsys):
+    first = profile(toy_databin, tmp_path)
+    flags = ("--init-type", "adaptive-profiling", "--train-subset", "nowhere")
+    assert_fails(capsys, 1, "nowhere", *command_line(toy_databin, tmp_path, *flags))
+    assert Path("profile.ratio.init").read_bytes() == first
+
+
+def test_admin_checkpoint_is_complete(toy_databin, tmp_path, cwd, capsys):
+    profile(toy_databin, tmp_path)
+    flags = ("--init-type", "adaptive")
+    whole = train(toy_databin, tmp_path / "whole", *flags, "--max-update", 9)
+    assert Path("profile.ratio.init").stat().st_size > 0
+    parts = train(toy_databin, tmp_path / "parts", *flags, "--max-update", 4)
+    Path("profile.ratio.init").unlink()
+    parts += train(toy_databin, tmp_path / "parts", *flags, "--max-update", 9)
+    assert updates(parts) == updates(whole)
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+    omega = last(tmp_path / "parts")["model"]["decoder.layers.0.encoder_ratio_change"]
+    assert omega.unique().numel() > 1  # it is trained
+    path = tmp_path / "parts" / "checkpoint_last.pt"
+    generate.main([str(toy_databin), "--path", str(path), "--cpu", "--gen-subset", "valid", "--num-workers", "0"])
+    assert "BLEU" in capsys.readouterr().out
+
+
+def test_omega_is_what_training_starts_from(toy_databin, tmp_path, cwd):
+    profile(toy_databin, tmp_path)
+    values = [line.split()[1] for line in Path("profile.ratio.init").read_text().splitlines() if line[0] != "#"]
+    flags = ("--init-type", "adaptive", "--lr", 0, "--max-update", 1)
+    train(toy_databin, tmp_path / "run", *flags)
+    model = last(tmp_path / "run")["model"]
+    names = ["encoder.layers.0.attention_ratio_change", "encoder.layers.0.fc_ratio_change"]
+    names += [f"decoder.layers.0.{kind}_ratio_change" for kind in ("self", "encoder", "fc")]
+    for name, value in zip(names, values, strict=True):
+        assert (model[name] == float(value)).all()
+    assert values[0] == values[2] == "1.0"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "adaptive-profiling"),
+        ("", "expected encoder and decoder"),
+        ("1 1.0\n2 nan\n1 1.0\n2 1.1\n3 1.2\n", "line 2"),
+        ("1 1.0\n2 x\n", "line 2"),
+        ("1 1.0\n3 1.2\n", "line 2"),
+        ("1 1.0\n2 1.1\n3 1.2\n1 1.0\n2 1.1\n3 1.2\n", "3 encoder sub-layers and the model 2"),
+        ("# model: encoder_layers=9\n1 1.0\n2 1.1\n1 1.0\n2 1.1\n3 1.2\n", "encoder_layers=9"),
+        ("\x00\xff", "line 1"),
+    ],
+    ids=["missing", "empty", "nan", "malformed", "order", "mismatch", "another model", "binary"],
+)
+def test_bad_omega_file(toy_databin, tmp_path, cwd, capsys, content, message):
+    if content is not None:
+        Path("omega").write_text(content)
+    flags = ("--init-type", "adaptive", "--omega-file", "omega", "--max-update", 1)
+    assert_fails(capsys, 1, message, *command_line(toy_databin, tmp_path / "run", *flags))
+    assert not (tmp_path / "run" / "checkpoint_last.pt").exists()
+
+
+@pytest.mark.parametrize("flag", ["--encoder-normalize-before", "--decoder-normalize-before"])
+@pytest.mark.parametrize("init_type", ["adaptive", "adaptive-profiling"])
+def test_admin_is_for_post_ln(toy_databin, tmp_path, cwd, capsys, flag, init_type):
+    flags = ("--init-type", init_type, flag, "--max-update", 1)
+    assert_fails(capsys, 1, flag, *command_line(toy_databin, tmp_path / "run", *flags))
+    assert not Path("profile.ratio.init").exists()

@@ -1,0 +1,190 @@
+"""Validation: the same loss from training, from ``fairseq-validate`` and by hand; BLEU as ``fairseq-generate``'s."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fairseq.checkpoint import load_model
+from fairseq.cli import generate, validate
+from fairseq.data.dictionary import Dictionary
+from fairseq.data.indexed_dataset import IndexedDataset
+from tests.training_runs import assert_fails, last, logged, train, write_databin
+
+LAST = "checkpoint_last.pt"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path, list[dict[str, Any]]]:
+    """A data-bin of three words, on which BLEU soon is above 0, a run on it, and what that logged."""
+    databin = write_databin(tmp_path_factory.mktemp("data") / "bin", 100, seed=1, words=3)
+    directory = tmp_path_factory.mktemp("run")
+    flags = ("--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_b": 15}', "--eval-tokenized-bleu")
+    lines = train(databin, directory, "--max-epoch", 3, "--lr", 0.02, "--batch-size-valid", 7, *flags)
+    return databin, directory, lines
+
+
+@pytest.fixture
+def measured(caplog, trained):
+    """Run ``fairseq-validate`` on the run's last checkpoint; returns its statistics, by subset."""
+
+    def run(*flags: object) -> dict[str, dict[str, Any]]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            argv = [
+                trained[0],
+                "--path",
+                trained[1] / LAST,
+                "--cpu",
+                "--num-workers",
+                0,
+                "--log-format",
+                "json",
+                *flags,
+            ]
+            validate.main([*map(str, argv)])
+        return {record.name: json.loads(record.message) for record in caplog.records if record.message[0] == "{"}
+
+    return run
+
+
+def sums_by_hand(databin: Path, path: Path, subset: str) -> dict[str, float]:
+    """Loss (0.1) and nll in nats, tokens and sentences, in float64, one sentence at a time."""
+    model = load_model(path).double()
+    sides = [IndexedDataset(databin / f"{subset}.xx-yy.{language}") for language in ("xx", "yy")]
+    sums = {"loss": 0.0, "nll_loss": 0.0, "ntokens": 0, "nsentences": len(sides[0])}
+    for i in range(len(sides[0])):
+        src, tgt = (torch.from_numpy(side[i].astype("int64"))[None] for side in sides)
+        with torch.no_grad():
+            log_probs = model(src, None, torch.cat([tgt[:, -1:], tgt[:, :-1]], 1))[0].log_softmax(-1)
+        nll = -log_probs.gather(-1, tgt[..., None]).sum().item()
+        sums["loss"] += 0.9 * nll + 0.1 * -log_probs.mean(-1).sum().item()
+        sums["nll_loss"] += nll
+        sums["ntokens"] += tgt.numel()
+    return sums
+
+
+def test_loss_is_the_same_everywhere(trained, measured):
+    databin, directory, lines = trained
+    sums = sums_by_hand(databin, directory / LAST, "valid")
+    loss, nll = (sums[key] / sums["ntokens"] / math.log(2) for key in ("loss", "nll_loss"))
+    (found,) = measured("--batch-size", 3).values()
+    training = [line for line in lines if "valid_loss" in line][-1]
+    for stats in (found, training):
+        assert stats["valid_loss"] == pytest.approx(loss, abs=6e-4)
+        assert stats["valid_nll_loss"] == pytest.approx(nll, abs=6e-4)
+        assert stats["valid_ppl"] == pytest.approx(2**nll, abs=6e-3)
+    assert last(directory)["extra_state"]["val_loss"] == pytest.approx(loss, abs=1e-5)
+    assert found["valid_num_updates"] == training["valid_num_updates"]
+    assert "epoch" not in found
+
+
+def test_several_subsets(trained, measured):
+    databin, directory, _ = trained
+    stats = measured("--valid-subset", "train,valid")
+    assert list(stats) == ["train", "valid"]
+    sums = sums_by_hand(databin, directory / LAST, "train")
+    assert stats["train"]["train_loss"] == pytest.approx(sums["loss"] / sums["ntokens"] / math.log(2), abs=6e-4)
+
+
+def test_sentence_avg_divides_the_loss_by_sentences(toy_databin, tmp_path):
+    lines = train(toy_databin, tmp_path, "--max-update", 1, "--sentence-avg")
+    sums = sums_by_hand(toy_databin, tmp_path / LAST, "valid")
+    stats = lines[-1]
+    assert stats["valid_loss"] == pytest.approx(sums["loss"] / sums["nsentences"] / math.log(2), rel=1e-4)
+    assert stats["valid_nll_loss"] == pytest.approx(sums["nll_loss"] / sums["ntokens"] / math.log(2), abs=6e-4)
+
+
+def test_bleu_is_that_of_generate(trained, measured, capsys):
+    databin, directory, lines = trained
+    flags = ("--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_b": 15}', "--eval-tokenized-bleu")
+    bleu = measured(*flags)["valid"]["valid_bleu"]
+    assert bleu > 0
+    assert [line["valid_bleu"] for line in lines if "valid_bleu" in line][-1] == bleu
+    argv = [databin, "--path", directory / LAST, "--gen-subset", "valid", "--beam", 2, "--max-len-b", 15, "--cpu"]
+    generate.main([*map(str, argv), "--quiet", "--num-workers", "0"])
+    match = re.search(r"BLEU4 = ([\d.]+)", capsys.readouterr().out)
+    assert match
+    assert bleu == float(match[1])
+
+
+def test_samples_and_subwords(trained, tmp_path, capsys):
+    """--eval-bleu-print-samples, with subwords undone."""
+    databin = tmp_path / "bin"
+    write_databin(databin, 30, seed=2, words=3)
+    for language in ("xx", "yy"):
+        dictionary = Dictionary.build({"a@@": 9, "b": 8, "c@@": 7})
+        dictionary.save(databin / f"dict.{language}.txt")
+    flags = ("--eval-bleu", "--eval-bleu-args", '{"beam": 1, "max_len_b": 9}', "--eval-bleu-remove-bpe", "subword_nmt")
+    train(databin, tmp_path / "run", "--max-update", 1, *flags, "--eval-bleu-print-samples")
+    match = re.search(r"example hypothesis: (.*)\nexample reference: (.*)\n", capsys.readouterr().out)
+    assert match
+    assert "@@" not in match[2].removesuffix("@@")
+
+
+def test_options_of_validation_do_not_change_training(toy_databin, tmp_path):
+    flags = ("--max-epoch", 2)
+    train(toy_databin, tmp_path / "plain", *flags)
+    more = ("--validate-interval-updates", 2, "--eval-bleu", "--valid-subset", "valid,test")
+    train(toy_databin, tmp_path / "more", *flags, *more, "--eval-bleu-args", '{"beam": 1, "sampling": true}')
+    for name, tensor in last(tmp_path / "plain")["model"].items():
+        assert torch.equal(tensor, last(tmp_path / "more")["model"][name])
+    subsets = {key for line in logged(tmp_path / "more") for key in line if key.endswith("_nll_loss")}
+    assert subsets == {"train_nll_loss", "valid_nll_loss", "test_nll_loss"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--path", ""), "--path FILE is missing"),
+        (("--path", "a.pt:b.pt"), "not an ensemble"),
+        (("--path", "nowhere.pt"), "nowhere.pt: no such file"),
+        (("-s", "yy", "-t", "xx"), "translates xx-yy, not yy-xx"),
+        (("--valid-subset", "nowhere"), "nowhere"),
+        (("--eval-bleu", "--eval-bleu-args", '{"beem": 1}'), "beem"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_errors(trained, capsys, flags, message):
+    argv = [trained[0], "--path", trained[1] / LAST, "--cpu", *flags]
+    assert_fails(capsys, 1, message, *argv, main=validate.main)
+
+
+def test_flags_of_training_are_refused(trained, capsys):
+    argv = [trained[0], "--path", trained[1] / LAST, "--validate-interval", "2"]
+    assert_fails(capsys, 2, "--validate-interval", *argv, main=validate.main)
+
+
+def test_resuming_the_other_direction_is_refused(trained, capsys, tmp_path):
+    from tests.training_runs import command_line
+
+    flags = ("-s", "yy", "-t", "xx", "--restore-file", trained[1] / LAST, "--max-epoch", 9)
+    assert_fails(capsys, 1, "translates xx-yy, not yy-xx", *command_line(trained[0], tmp_path, *flags))
+
+
+def test_sentences_longer_than_the_model_reads(trained, capsys, tmp_path):
+    """The checkpoint's limits count, not the flags' defaults."""
+    databin = trained[0]
+    flags = ("--max-source-positions", 8, "--max-target-positions", 8, "--skip-invalid-size-inputs-valid-test")
+    train(databin, tmp_path, "--max-update", 1, *flags)
+    argv = [databin, "--path", tmp_path / LAST, "--cpu", "--num-workers", "0"]
+    assert_fails(capsys, 1, "--max-source-positions 8", *argv, main=validate.main)
+    validate.main([*map(str, argv), "--skip-invalid-size-inputs-valid-test"])
+
+
+def test_fairseqs_own_checkpoint(shared, caplog):
+    """A whole 0.12 checkpoint on the data it was trained on: its own validation loss comes out."""
+    reference = shared / "reference"
+    argv = [reference / "multi30k-databin", "--path", reference / "fairseq012_tiny.pt", "--cpu", "--num-workers", 0]
+    with caplog.at_level(logging.INFO):
+        validate.main([*map(str, argv), "--log-format", "json"])
+    (stats,) = [json.loads(record.message) for record in caplog.records if record.message[0] == "{"]
+    assert stats["valid_loss"] == pytest.approx(4.613, abs=2e-3)  # extra_state's val_loss
+    assert stats["valid_num_updates"] == 1440

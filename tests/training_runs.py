@@ -1,0 +1,142 @@
+"""Training runs of a tiny model by the real command line, and what they leave behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fairseq.cli import Main
+from fairseq.cli.train import main
+from fairseq.data.dictionary import Dictionary
+from fairseq.data.indexed_dataset import IndexedDatasetWriter
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = shlex.split(
+    """
+    --encoder-layers 1 --encoder-embed-dim 16 --encoder-ffn-embed-dim 24 --encoder-attention-heads 2
+    --decoder-layers 1 --decoder-attention-heads 2 --dropout 0.2 --attention-dropout 0.1
+    --optimizer adam --lr 0.01 --lr-scheduler inverse_sqrt --warmup-updates 5
+    --max-tokens 400 --num-workers 0 --cpu --log-format json --log-interval 1
+    """
+)
+SMOOTHED = ("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1")
+EPOCH = 7  # batches of the toy data-bin
+
+
+def command_line(databin: Path | str, directory: Path, *flags: object) -> list[str]:
+    """Checkpoints and ``log`` go to ``directory``; the last of a repeated flag wins."""
+    criterion = () if "--criterion" in flags else SMOOTHED
+    places = ("--save-dir", directory, "--log-file", directory / "log")
+    return [*map(str, (databin, *TINY, *criterion, *places, *flags))]
+
+
+def train(databin: Path | str, directory: Path, *flags: object) -> list[dict[str, Any]]:
+    """Run ``fairseq-train`` in this process; returns the statistics it logged, see `logged`."""
+    logging.getLogger().setLevel(logging.INFO)
+    skip = len(logged(directory))
+    main(command_line(databin, directory, *flags))
+    return logged(directory)[skip:]
+
+
+def start(
+    databin: Path | str, directory: Path, *flags: object, launcher: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    """Start ``fairseq-train`` as a process of its own; its output is in pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, "fairseq.cli.train", *command_line(databin, directory, *flags)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def logged(directory: Path) -> list[dict[str, Any]]:
+    """The statistics in the log file: those of updates have ``loss``, of epochs ``train_loss`` and ``valid_loss``."""
+    log = directory / "log"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return [json.loads(line.split(" | ", 3)[3]) for line in lines if " | {" in line]
+
+
+def updates(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Number of update -> its statistics, those that a clock has a part in aside."""
+    timed = ("wps", "ups", "wall", "train_wall")
+    return {
+        line["num_updates"]: {key: value for key, value in line.items() if key not in timed}
+        for line in lines
+        if "update" in line
+    }
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours, as plain torch reads it."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def last(directory: Path) -> dict[str, Any]:
+    """What ``checkpoint_last.pt`` holds."""
+    return load(directory / "checkpoint_last.pt")
+
+
+def assert_same(a: Any, b: Any, atol: float = 0.0) -> None:
+    """Nested dicts and lists of tensors and numbers are equal, to ``atol``."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key], atol)
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y, atol)
+    elif isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
+    else:
+        assert a == b
+
+
+def files(directory: Path) -> set[str]:
+    """Names of the checkpoints in a directory, and of all that should not be there; the log aside."""
+    return {path.name for path in directory.iterdir()} - {"log"}
+
+
+def write_databin(directory: Path, count: int, seed: int, words: int = 28) -> Path:
+    """A data-bin xx-yy of ``count`` training and 20 validation pairs; a target is its source in reverse."""
+    directory.mkdir(parents=True)
+    dictionary = Dictionary.build({f"w{i:02d}": 100 - i for i in range(words)})
+    rng = np.random.default_rng(seed)
+    for language in ("xx", "yy"):
+        dictionary.save(directory / f"dict.{language}.txt")
+    for split, size in (("train", count), ("valid", 20)):
+        sentences = [rng.integers(4, len(dictionary), rng.integers(3, 12)) for _ in range(size)]
+        for language, step in (("xx", 1), ("yy", -1)):
+            with IndexedDatasetWriter(directory / f"{split}.xx-yy.{language}", np.uint16) as writer:
+                for sentence in sentences:
+                    writer.add(np.append(sentence[::step], dictionary.eos()))
+    return directory
+
+
+def assert_fails(
+    capsys: pytest.CaptureFixture[str], status: int, message: str, *argv: object, main: Main = main
+) -> None:
+    """A command ends with a status and an error, of one line unless it is about usage, that contains ``message``."""
+    with pytest.raises(SystemExit) as exit_info:
+        main([*map(str, argv)])
+    lines = capsys.readouterr().err.splitlines()
+    assert exit_info.value.code == status
+    assert message in lines[-1]
+    assert "error: " in lines[-1]
+    if status == 1:
+        assert len(lines) == 1
