@@ -6,17 +6,19 @@ import json
 import logging
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from fairseq.checkpoint import load_model
+from fairseq.checkpoint import load_checkpoint, load_model
 from fairseq.cli import generate, validate
 from fairseq.data.dictionary import Dictionary
-from fairseq.data.indexed_dataset import IndexedDataset
-from tests.training_runs import assert_fails, last, logged, train, write_databin
+from fairseq.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from tests.training_runs import assert_fails, command_line, last, logged, train, write_databin
 
 LAST = "checkpoint_last.pt"
 
@@ -27,7 +29,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path, list[dict[str, Any]]]:
     databin = write_databin(tmp_path_factory.mktemp("data") / "bin", 100, seed=1, words=3)
     directory = tmp_path_factory.mktemp("run")
     flags = ("--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_b": 15}', "--eval-tokenized-bleu")
-    lines = train(databin, directory, "--max-epoch", 3, "--lr", 0.02, "--batch-size-valid", 7, *flags)
+    lines = train(databin, directory, "--max-epoch", 6, "--lr", 0.02, "--batch-size-valid", 7, *flags)
     return databin, directory, lines
 
 
@@ -133,7 +135,8 @@ def test_options_of_validation_do_not_change_training(toy_databin, tmp_path):
     flags = ("--max-epoch", 2)
     train(toy_databin, tmp_path / "plain", *flags)
     more = ("--validate-interval-updates", 2, "--eval-bleu", "--valid-subset", "valid,test")
-    train(toy_databin, tmp_path / "more", *flags, *more, "--eval-bleu-args", '{"beam": 1, "sampling": true}')
+    search = '{"beam": 1, "sampling": true, "max_len_b": 9}'
+    train(toy_databin, tmp_path / "more", *flags, *more, "--eval-bleu-args", search)
     for name, tensor in last(tmp_path / "plain")["model"].items():
         assert torch.equal(tensor, last(tmp_path / "more")["model"][name])
     subsets = {key for line in logged(tmp_path / "more") for key in line if key.endswith("_nll_loss")}
@@ -163,8 +166,6 @@ def test_flags_of_training_are_refused(trained, capsys):
 
 
 def test_resuming_the_other_direction_is_refused(trained, capsys, tmp_path):
-    from tests.training_runs import command_line
-
     flags = ("-s", "yy", "-t", "xx", "--restore-file", trained[1] / LAST, "--max-epoch", 9)
     assert_fails(capsys, 1, "translates xx-yy, not yy-xx", *command_line(trained[0], tmp_path, *flags))
 
@@ -179,12 +180,21 @@ def test_sentences_longer_than_the_model_reads(trained, capsys, tmp_path):
     validate.main([*map(str, argv), "--skip-invalid-size-inputs-valid-test"])
 
 
-def test_fairseqs_own_checkpoint(shared, caplog):
-    """A whole 0.12 checkpoint on the data it was trained on: its own validation loss comes out."""
-    reference = shared / "reference"
-    argv = [reference / "multi30k-databin", "--path", reference / "fairseq012_tiny.pt", "--cpu", "--num-workers", 0]
+def test_fairseqs_own_validation_loss(shared, tmp_path, caplog):
+    """A 0.12 checkpoint says what its validation loss was; fairseq had dropped the 6 longest of 1,014 sentences."""
+    reference, databin = shared / "reference", shared / "reference" / "multi30k-databin"
+    sides = {language: IndexedDataset(databin / f"valid.en-de.{language}") for language in ("en", "de")}
+    kept = np.lexsort((sides["de"].sizes, sides["en"].sizes))[:1008]
+    for language, side in sides.items():
+        shutil.copy(databin / f"dict.{language}.txt", tmp_path)
+        with IndexedDatasetWriter(tmp_path / f"valid.en-de.{language}", np.uint16) as writer:
+            for i in kept:
+                writer.add(side[i])
+    argv = [tmp_path, "--path", reference / "fairseq012_tiny.pt", "--cpu", "--num-workers", 0, "--log-format", "json"]
     with caplog.at_level(logging.INFO):
-        validate.main([*map(str, argv), "--log-format", "json"])
+        validate.main([*map(str, argv)])
     (stats,) = [json.loads(record.message) for record in caplog.records if record.message[0] == "{"]
-    assert stats["valid_loss"] == pytest.approx(4.613, abs=2e-3)  # extra_state's val_loss
+    said = load_checkpoint(reference / "fairseq012_tiny.pt")["extra_state"]["val_loss"]
+    assert said == 4.613
+    assert stats["valid_loss"] == said
     assert stats["valid_num_updates"] == 1440

@@ -31,6 +31,7 @@ TINY = shlex.split(
     """
 )
 SMOOTHED = ("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1")
+SGD = shlex.split("--optimizer sgd --lr 0.5 --lr-scheduler fixed --warmup-updates 0 --dropout 0 --attention-dropout 0")
 EPOCH = 7  # batches of the toy data-bin
 
 

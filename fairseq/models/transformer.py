@@ -144,7 +144,6 @@ class DecoderCache:
     def __init__(self, encoder_kv: list[tuple[Tensor, Tensor]], encoder_mask: Tensor | None, beam: int) -> None:
         self.encoder_kv = encoder_kv
         self.encoder_mask = encoder_mask
-        self.beam = beam
         self.length = 0
         self.self_kv: list[Tensor] = []
         for key, _ in encoder_kv:

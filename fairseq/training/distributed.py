@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ from fairseq.training.logging import DATE_FORMAT, LINE_FORMAT
 
 # What gloo says when a process has gone; NCCL does not return, its process is ended with the others
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_INTERRUPTED = 130
+
+
+class _LostOthers(FairseqError):
+    """This process failed because another did."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,11 @@ def launch(main: Callable[[Namespace, World], None], args: Namespace) -> None:
         raise FairseqError("--fp16 needs a GPU and none is visible; use --bf16 or float32 on the CPU")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        _run(main, args, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://", local_rank)
+        try:
+            _run(main, args, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://", local_rank)
+        finally:
+            if dist.is_initialized() and dist.get_backend() == "gloo":  # its threads would abort this process
+                dist.destroy_process_group()
         return
     gpus = 0 if args.cpu else torch.cuda.device_count()
     size = args.distributed_world_size or max(gpus, 1)
@@ -91,7 +101,12 @@ def launch(main: Callable[[Namespace, World], None], args: Namespace) -> None:
         raise FairseqError(f"--distributed-world-size {size}: {gpus} GPUs are visible; ask for 1 to {gpus}, or --cpu")
     if size == 1:
         main(args, World(0, 1, choose_device(args.cpu)))
-        return
+    else:
+        _start_processes(main, args, size)
+
+
+def _start_processes(main: Callable[[Namespace, World], None], args: Namespace, size: int) -> None:
+    """Run ``main`` in ``size`` new processes. Raises FairseqError when one fails, when all have been ended."""
     address = f"tcp://127.0.0.1:{args.distributed_port or _free_port()}"
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it says which processes it ends
     errors = mp.get_context("spawn").SimpleQueue()
@@ -101,14 +116,16 @@ def launch(main: Callable[[Namespace, World], None], args: Namespace) -> None:
     try:
         while not processes.join():
             pass
-    except (mp.ProcessExitedException, mp.ProcessRaisedException):
+    except mp.ProcessExitedException as error:
+        if not errors.empty():
+            raise FairseqError(errors.get()) from None
         for rank, process in enumerate(processes.processes):
+            if process.exitcode == _INTERRUPTED:
+                raise KeyboardInterrupt from None
             if process.exitcode < 0 and process.exitcode != -signal.SIGTERM:  # that one is how the others are ended
                 name = signal.Signals(-process.exitcode).name
                 raise FairseqError(f"process {rank} of {size} was ended by signal {name}") from None
-        if not errors.empty():
-            raise FairseqError(errors.get()) from None  # the first; the others may have failed because of it
-        raise
+        raise FairseqError(f"process {error.error_index} of {size} ended with status {error.exit_code}") from None
     finally:
         for process in processes.processes:
             process.terminate()
@@ -128,11 +145,21 @@ def _worker(
     mp.set_start_method(None, force=True)  # data workers start as usual, not by spawning
     if args.cpu or not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    status = 1
     try:
         _run(main, args, rank, size, address, rank)
+        return
+    except _LostOthers:
+        pass
     except FairseqError as error:
         errors.put(str(error))
-        sys.exit(1)
+    except KeyboardInterrupt:
+        status = _INTERRUPTED
+    except Exception as error:
+        traceback.print_exc()
+        errors.put(f"process {rank} of {size} failed: {type(error).__name__}: {error}"[:1000])
+    sys.stdout.flush()
+    os._exit(status)  # without the usual clean-up, which may wait for the others or abort for the lack of them
 
 
 def _run(
@@ -151,7 +178,6 @@ def _run(
         main(args, World(rank, size, device))
     except RuntimeError as error:
         if any(reason in str(error) for reason in _LOST):
-            raise FairseqError(f"process {rank} of {size} has lost the others, one of which failed") from error
+            raise _LostOthers(f"process {rank} of {size} has lost the others, one of which failed") from error
         raise
-    # after an error, left to the end of the process: the others must not learn of it before its cause is told
     dist.destroy_process_group()

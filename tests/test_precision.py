@@ -1,0 +1,117 @@
+"""bf16, and fp16 with its loss scale; the latter on the CPU too, which the command line leaves to GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fairseq.data.batching import EpochBatchIterator
+from fairseq.data.translation import TranslationData
+from fairseq.errors import FairseqError
+from fairseq.options import DataConfig, parse_train_args, section
+from fairseq.training.distributed import World
+from fairseq.training.precision import DynamicLossScaler
+from fairseq.training.train import build_model
+from fairseq.training.trainer import Trainer
+from tests.training_runs import SGD, assert_fails, assert_same, command_line, last, train, updates
+
+CPU = World(0, 1, torch.device("cpu"))
+
+
+def test_bf16_trains_near_float32(toy_databin, tmp_path):
+    plain = updates(train(toy_databin, tmp_path / "float32", "--max-update", 20))
+    mixed = updates(train(toy_databin, tmp_path / "bf16", "--max-update", 20, "--bf16"))
+    assert mixed != plain
+    assert mixed[20]["loss"] == pytest.approx(plain[20]["loss"], rel=0.02)
+    assert all(tensor.dtype == torch.float32 for tensor in last(tmp_path / "bf16")["model"].values())
+
+
+def test_fp16_on_the_cpu_is_refused(toy_databin, tmp_path, capsys):
+    argv = command_line(toy_databin, tmp_path, "--fp16", "--max-update", 1)
+    assert_fails(capsys, 2, "--fp16 needs a GPU", *argv)
+    if not torch.cuda.is_available():
+        assert_fails(capsys, 1, "--fp16 needs a GPU", *[flag for flag in argv if flag != "--cpu"])
+
+
+def fp16_trainer(databin: Path, *flags: object) -> tuple[Trainer, EpochBatchIterator]:
+    """A trainer that computes in float16, which the command line leaves to GPUs but works on the CPU."""
+    args = parse_train_args(command_line(databin, Path("unused"), *flags))
+    args.fp16 = True
+    data = TranslationData.open(section(DataConfig, args))
+    itr = EpochBatchIterator(
+        lambda epoch: data.load("train", epoch),
+        max_tokens=400,
+        max_sentences=None,
+        max_positions=(1024, 1024),
+        seed=1,
+    )
+    return Trainer(args, build_model(args, len(data.src_dict), len(data.tgt_dict)), CPU), itr
+
+
+def test_fp16_overflow_skips_the_update_and_lowers_the_scale(toy_databin):
+    trainer, itr = fp16_trainer(toy_databin, *SGD, "--fp16-init-scale", 2**30)
+    before = [p.clone() for p in trainer.parameters]
+    batches = itr.updates(1)
+    first = next(batches)
+    assert not trainer.train_step(first)
+    assert trainer.scaler is not None
+    assert trainer.scaler.scale == 2**29
+    assert trainer.num_updates == 0
+    assert trainer.take_stats()["updates"] == 0
+    assert_same(before, trainer.parameters)
+    while not trainer.train_step(first):
+        assert trainer.scaler.scale >= 2**5
+    plain, _ = fp16_trainer(toy_databin, *SGD, "--fp16-init-scale", 1)
+    plain.train_step(first)
+    assert_same(plain.parameters, trainer.parameters, atol=1e-4)  # the scale leaves no trace in the update
+    stats, expected = trainer.take_stats(), plain.take_stats()
+    assert stats["gnorm"] == pytest.approx(expected["gnorm"], rel=1e-2)
+    assert stats["loss"] == pytest.approx(expected["loss"])
+    # the scaler's state goes with the optimiser's
+    other, _ = fp16_trainer(toy_databin, *SGD)
+    other.load_optimizer_state(trainer.optimizer_state())
+    assert other.scaler is not None
+    assert other.scaler.state_dict() == trainer.scaler.state_dict()
+
+
+def test_fp16_without_a_way_down_ends(toy_databin):
+    trainer, itr = fp16_trainer(toy_databin, *SGD, "--fp16-init-scale", 2**30, "--min-loss-scale", 2**29)
+    batch = next(itr.updates(1))
+    assert not trainer.train_step(batch)
+    with pytest.raises(FairseqError, match="--min-loss-scale"):
+        trainer.train_step(batch)
+
+
+def test_loss_scaler_by_hand():
+    scaler = DynamicLossScaler(init_scale=8, scale_window=3)
+    scales = []
+    for overflow in (0, 0, 0, 0, 1, 0, 0, 0, 1, 1):
+        scaler.update(bool(overflow))
+        scales.append(scaler.scale)
+    # doubled when the updates since the last overflow (the first one counts from -1) are a multiple of the window
+    assert scales == [8, 8, 16, 16, 8, 8, 8, 16, 8, 4]
+
+
+def test_loss_scaler_tolerates_a_share_of_overflows():
+    scaler = DynamicLossScaler(init_scale=8, scale_window=100, tolerance=0.5)
+    scales = []
+    for overflow in (0, 0, 0, 1, 1, 1, 1, 0):
+        scaler.update(bool(overflow))
+        scales.append(scaler.scale)
+    # overflows / updates since the last change, at the overflows: 1/4, 2/5, 3/6 (halved, counted anew), 1/1
+    assert scales == [8, 8, 8, 8, 8, 4, 2, 2]
+
+
+def test_loss_scaler_threshold_and_state():
+    scaler = DynamicLossScaler(init_scale=4, scale_window=2, threshold=2)
+    for _ in range(5):
+        scaler.update(overflow=True)
+    assert scaler.scale == 2
+    other = DynamicLossScaler(scale_window=2, threshold=2)
+    other.load_state_dict(scaler.state_dict())
+    for overflow in (False, False, True, False, False, False):
+        scaler.update(overflow)
+        other.update(overflow)
+        assert scaler.state_dict() == other.state_dict()
