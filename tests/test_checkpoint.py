@@ -116,6 +116,15 @@ def test_checkpoint_that_cannot_be_written(toy_databin, tmp_path):
     assert files(tmp_path) == set()
 
 
+def test_leftovers_of_a_killed_run_go(toy_databin, tmp_path):
+    train(toy_databin, tmp_path, "--max-update", 1)
+    expected = files(tmp_path)
+    for name in (".checkpoint_last.pt.x1y2.tmp", ".checkpoint7.pt.abc.tmp", ".other.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    train(toy_databin, tmp_path, "--max-update", 2)
+    assert files(tmp_path) == expected | {".other.tmp"}
+
+
 # -- what a run starts from
 
 

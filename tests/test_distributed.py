@@ -160,7 +160,10 @@ def test_interrupt_ends_all(toy_databin, tmp_path):
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert errors.splitlines() == ["interrupted"]
     deadline = time.monotonic() + 30

@@ -14,7 +14,7 @@ import torch
 from fairseq.checkpoint import load_checkpoint
 from fairseq.errors import FairseqError
 from fairseq.options import LAST, CheckpointConfig
-from fairseq.utils.io import atomic_copy, atomic_write
+from fairseq.utils.io import atomic_copy, atomic_write, remove_unfinished
 
 logger = logging.getLogger("fairseq.checkpoint")
 
@@ -25,13 +25,14 @@ class CheckpointManager:
     """Saves, deletes and finds checkpoints in ``--save-dir``, and remembers the best validation metric."""
 
     def __init__(self, cfg: CheckpointConfig) -> None:
-        """Raises FairseqError when the directory cannot be made."""
+        """Raises FairseqError when the directory cannot be made. Removes checkpoints there that were never finished."""
         self.cfg = cfg
         self.directory = Path(cfg.save_dir)
         self.best: float | None = None
         if not cfg.no_save:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
+                remove_unfinished(self.directory, "checkpoint")
             except OSError as error:
                 raise FairseqError(f"--save-dir {cfg.save_dir}: cannot make it: {error.strerror}") from error
 

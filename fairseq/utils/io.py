@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -58,14 +59,22 @@ def atomic_copy(source: str | os.PathLike[str], path: str | os.PathLike[str]) ->
 
     Only for files that are replaced and never changed in place, such as checkpoints.
     """
-    with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=f".{Path(path).name}.") as directory:
-        temporary = Path(directory) / "copy"
+    path = Path(path)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+    try:
         try:
-            try:
-                os.link(source, temporary)
-            except OSError:
-                shutil.copyfile(source, temporary)
-            os.replace(temporary, path)
-            fsync_directory(Path(path).parent)
-        except OSError as error:
-            raise FairseqError(f"{path}: cannot write: {error.strerror or error}") from error
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise FairseqError(f"{path}: cannot write: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # os.replace leaves it where path is the same file already
+
+
+def remove_unfinished(directory: str | os.PathLike[str], prefix: str) -> None:
+    """Delete what a killed process left of files whose names start with ``prefix``."""
+    for path in Path(directory).glob(f".{prefix}*.tmp"):
+        path.unlink(missing_ok=True)
