@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq.data.dictionary import Dictionary
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import from_fairseq
@@ -123,21 +124,30 @@ def load_model(path: str | Path, data_dir: str | Path | None = None, device: str
     state = load_checkpoint(path)
     model = build_from_checkpoint(state, path)
     if data_dir is not None:
-        check_dictionaries(model, state["args"], path, data_dir)
+        languages = [str(state["args"].get(f"{side}_lang")) for side in ("source", "target")]
+        files = [Path(data_dir) / f"dict.{language}.txt" for language in languages]
+        src, tgt = (Dictionary.load(file) if file.is_file() else None for file in files)
+        check_dictionaries(model, path, data_dir, (languages[0], src), (languages[1], tgt))
     return model.to(device)
 
 
-def check_dictionaries(model: Transformer, args: dict[str, Any], path: str | Path, data_dir: str | Path) -> None:
-    """Raise FairseqError unless the data-bin's dictionaries are as large as the model's embeddings."""
-    from fairseq.data.dictionary import Dictionary
+def check_dictionaries(
+    model: Transformer,
+    path: str | Path,
+    data_dir: str | Path,
+    src: tuple[str, Dictionary | None],
+    tgt: tuple[str, Dictionary | None],
+) -> None:
+    """Raise FairseqError unless a data-bin's dictionaries are as large as the embeddings of checkpoint ``path``.
 
-    for side, embedding in (("source", model.encoder.embed_tokens), ("target", model.decoder.embed_tokens)):
-        language = args.get(f"{side}_lang")
-        file = Path(data_dir) / f"dict.{language}.txt"
-        if language and file.is_file() and len(Dictionary.load(file)) != embedding.num_embeddings:
+    src, tgt: language and dictionary; one that is None is not compared.
+    """
+    for side, (language, dictionary), stack in (("source", src, model.encoder), ("target", tgt, model.decoder)):
+        entries = stack.embed_tokens.num_embeddings
+        if dictionary is not None and len(dictionary) != entries:
             raise FairseqError(
-                f"checkpoint {path} was trained with a {side} dictionary of {embedding.num_embeddings} entries, but "
-                f"{file} has {len(Dictionary.load(file))}; use the data-bin it was trained on"
+                f"checkpoint {path} was trained with a {side} dictionary of {entries} entries, but "
+                f"{Path(data_dir) / f'dict.{language}.txt'} has {len(dictionary)}; use the data-bin it was trained on"
             )
 
 

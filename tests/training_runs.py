@@ -10,7 +10,9 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -115,14 +117,20 @@ def files(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()} - {"log"}
 
 
-def write_databin(directory: Path, count: int, seed: int, words: int = 28) -> Path:
-    """A data-bin xx-yy of ``count`` training and 20 validation pairs; a target is its source in reverse."""
-    directory.mkdir(parents=True)
+def write_databin(
+    directory: Path,
+    count: int,
+    seed: int,
+    words: int = 28,
+    held_out: Mapping[str, int] = MappingProxyType({"valid": 20}),
+) -> Path:
+    """A data-bin xx-yy of ``count`` training pairs and the splits ``held_out``; a target is its source in reverse."""
+    directory.mkdir(parents=True, exist_ok=True)
     dictionary = Dictionary.build({f"w{i:02d}": 100 - i for i in range(words)})
     rng = np.random.default_rng(seed)
     for language in ("xx", "yy"):
         dictionary.save(directory / f"dict.{language}.txt")
-    for split, size in (("train", count), ("valid", 20)):
+    for split, size in {"train": count, **held_out}.items():
         sentences = [rng.integers(4, len(dictionary), rng.integers(3, 12)) for _ in range(size)]
         for language, step in (("xx", 1), ("yy", -1)):
             with IndexedDatasetWriter(directory / f"{split}.xx-yy.{language}", np.uint16) as writer:

@@ -6,10 +6,10 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from fairseq.checkpoint import check_languages, load_checkpoint, updates_of
+from fairseq.checkpoint import check_languages, updates_of
 from fairseq.cli import command
 from fairseq.errors import FairseqError
-from fairseq.generation.translate import DEFAULT_MAX_TOKENS, longest_source, longest_target, open_models_and_data
+from fairseq.generation.translate import DEFAULT_MAX_TOKENS, load_ensemble, longest_source, longest_target, open_data
 from fairseq.models.transformer import PADDING_IDX
 from fairseq.options import VALIDATE_SECTIONS, parse_args
 from fairseq.registry import CRITERIONS
@@ -27,9 +27,11 @@ def _main(argv: list[str] | None = None) -> None:
     if ":" in args.path:
         raise FairseqError("--path: fairseq-validate takes one checkpoint, not an ensemble")
     world = World(0, 1, choose_device(args.cpu))
-    state = load_checkpoint(args.path)
+    models, state = load_ensemble(
+        [args.path], args.model_overrides, device=world.device, fp16=args.fp16, bf16=args.bf16
+    )
     trained: dict[str, Any] = state["args"]
-    models, data = open_models_and_data(args, world.device)
+    data = open_data(args, models, trained)
     check_languages(trained, data.source_lang, data.target_lang, args.path)
     args.max_source_positions = longest_source(models, args.max_source_positions)
     args.max_target_positions = longest_target(models, args.max_target_positions)

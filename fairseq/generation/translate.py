@@ -48,7 +48,7 @@ def load_ensemble(
     fp16: bool = False,
     bf16: bool = False,
 ) -> tuple[list[Transformer], dict[str, Any]]:
-    """The models of one or more checkpoints, in eval mode on ``device``, and the settings of the first.
+    """The models of one or more checkpoints, in eval mode on ``device``, and what the first holds besides parameters.
 
     overrides: settings to change. Raises FairseqError when one of these does not exist, a checkpoint cannot be read,
     dictionaries differ in size, or the precision is impossible.
@@ -73,7 +73,9 @@ def load_ensemble(
                 f"{sizes[0][1]}; an ensemble needs models of the same data"
             )
     dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
-    return [model.to(device=device, dtype=dtype).eval() for model in models], states[0]["args"]
+    return [model.to(device=device, dtype=dtype).eval() for model in models], {
+        k: v for k, v in states[0].items() if k != "model"
+    }
 
 
 def without_padding(tokens: Tensor) -> Tensor:
@@ -195,18 +197,26 @@ def open_models_and_data(args: Namespace, device: str | torch.device) -> tuple[l
     else from the data-bin's file names. Raises FairseqError when anything is missing or does not fit.
     """
     paths = args.path.split(":")
-    models, settings = load_ensemble(paths, args.model_overrides, device=device, fp16=args.fp16, bf16=args.bf16)
+    models, state = load_ensemble(paths, args.model_overrides, device=device, fp16=args.fp16, bf16=args.bf16)
+    return models, open_data(args, models, state["args"])
+
+
+def open_data(args: Namespace, models: Sequence[Transformer], settings: dict[str, Any]) -> TranslationData:
+    """The data-bin ``args.data``, checked against the models of ``args.path``, the first of which has ``settings``.
+
+    Raises FairseqError when anything is missing or does not fit.
+    """
     config: DataConfig = section(DataConfig, args)
+    data_dir = config.data.split(":")[0]
     config = replace(config, max_source_positions=longest_source(models, config.max_source_positions))
     if not config.source_lang and not config.target_lang:
-        known = languages_of(settings, config.data.split(":")[0])
+        known = languages_of(settings, data_dir)
         if known is not None:
             config = replace(config, source_lang=known[0], target_lang=known[1])
     data = TranslationData.open(config)
-    languages = {"source_lang": data.source_lang, "target_lang": data.target_lang}
-    for model, path in zip(models, paths, strict=True):
-        check_dictionaries(model, languages, path, config.data.split(":")[0])
-    return models, data
+    for model, path in zip(models, args.path.split(":"), strict=True):
+        check_dictionaries(model, path, data_dir, (data.source_lang, data.src_dict), (data.target_lang, data.tgt_dict))
+    return data
 
 
 def languages_of(settings: dict[str, Any], data_dir: str | os.PathLike[str]) -> tuple[str, str] | None:

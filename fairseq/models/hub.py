@@ -61,12 +61,13 @@ class TransformerModel:
         """
         root = Path(model_dir)
         paths = [str(root / name) for name in checkpoint_file.split(":")]
-        models, settings = load_ensemble(paths, overrides)
+        models, state = load_ensemble(paths, overrides)
         data_dir = root / data_name_or_path
-        known = (source_lang, target_lang) if source_lang and target_lang else languages_of(settings, data_dir)
+        known = (source_lang, target_lang) if source_lang and target_lang else languages_of(state["args"], data_dir)
         src, tgt = known or infer_languages(data_dir)
+        src_dict, tgt_dict = load_dictionaries(data_dir, src, tgt)
         for model, path in zip(models, paths, strict=True):
-            check_dictionaries(model, {"source_lang": src, "target_lang": tgt}, path, data_dir)
+            check_dictionaries(model, path, data_dir, (src, src_dict), (tgt, tgt_dict))
         pipeline = make_text_pipeline(
             tokenizer,
             bpe,
@@ -75,7 +76,7 @@ class TransformerModel:
             bpe_codes=None if bpe_codes is None else str(root / bpe_codes),
             sentencepiece_model=None if sentencepiece_model is None else str(root / sentencepiece_model),
         )
-        return cls(models, *load_dictionaries(data_dir, src, tgt), pipeline)
+        return cls(models, src_dict, tgt_dict, pipeline)
 
     @property
     def device(self) -> torch.device:

@@ -27,10 +27,10 @@ PADDING_IDX = 1
 
 
 class EncoderOut(NamedTuple):
-    """x: (batch, src_len, dim); mask: bool (batch, 1, 1, src_len), True on real tokens, None when all are."""
+    """x: (batch, src_len, dim); mask: bool (batch, 1, 1, src_len), True on real tokens."""
 
     x: Tensor
-    mask: Tensor | None
+    mask: Tensor
 
 
 def build_embedding(num_embeddings: int, embed_dim: int) -> nn.Embedding:
@@ -141,7 +141,7 @@ class DecoderCache:
     encoder_kv: keys and values of the encoder's output, (sentences, heads, src_len, head_dim) each, a layer.
     """
 
-    def __init__(self, encoder_kv: list[tuple[Tensor, Tensor]], encoder_mask: Tensor | None, beam: int) -> None:
+    def __init__(self, encoder_kv: list[tuple[Tensor, Tensor]], encoder_mask: Tensor, beam: int) -> None:
         self.encoder_kv = encoder_kv
         self.encoder_mask = encoder_mask
         self.length = 0
@@ -177,8 +177,7 @@ class DecoderCache:
         self._rows = rows if self._rows is None else self._rows.index_select(0, rows)
         if sentences is not None:
             self.encoder_kv = [(k.index_select(0, sentences), v.index_select(0, sentences)) for k, v in self.encoder_kv]
-            if self.encoder_mask is not None:
-                self.encoder_mask = self.encoder_mask.index_select(0, sentences)
+            self.encoder_mask = self.encoder_mask.index_select(0, sentences)
 
 
 class TransformerDecoder(_Stack):

@@ -26,7 +26,7 @@ class TransformerEncoderLayer(nn.Module):
         self.feed_forward = feed_forward
         self.ffn_residual = ffn_residual
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x: (batch, src_len, dim) -> same shape. mask: bool (batch, 1, 1, src_len), True on real tokens."""
         x = self.self_attn_residual(x, lambda q: self.self_attn(q, q, mask=mask))
         return self.ffn_residual(x, self.feed_forward)
@@ -52,7 +52,7 @@ class TransformerDecoderLayer(nn.Module):
         self.feed_forward = feed_forward
         self.ffn_residual = ffn_residual
 
-    def forward(self, x: Tensor, mask: Tensor, encoder_out: Tensor, encoder_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, encoder_out: Tensor, encoder_mask: Tensor) -> Tensor:
         """x: (batch, tgt_len, dim) -> same shape.
 
         mask: bool, broadcastable to (batch, 1, tgt_len, tgt_len), True where a position (row) may see another.
@@ -67,7 +67,7 @@ class TransformerDecoderLayer(nn.Module):
         x: Tensor,
         extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         encoder_kv: tuple[Tensor, Tensor],
-        encoder_mask: Tensor | None,
+        encoder_mask: Tensor,
         attn: list[Tensor] | None = None,
     ) -> Tensor:
         """One decoding step: x: (rows, 1, dim) -> same shape; rows = sentences x beam, a sentence's rows adjacent.
