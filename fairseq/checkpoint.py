@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq.admin.residual import OMEGA_TYPES, PROFILING
 from fairseq.data.dictionary import Dictionary
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
@@ -20,8 +21,7 @@ from fairseq.models.state_dict import from_fairseq
 from fairseq.models.transformer import Transformer
 from fairseq.utils import safe_pickle
 from fairseq.utils.flags import from_namespace
-
-PROFILE_TYPES = ("adaptive-profiling", "adaptive")
+from fairseq.utils.io import atomic_write
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -69,9 +69,9 @@ def model_config(args: dict[str, Any], parameters: dict[str, Tensor]) -> Transfo
     if args.get("adaptive_softmax_cutoff"):
         raise FairseqError("the checkpoint uses adaptive softmax, which is not supported")
     has_omega = any(name.endswith("_residual.omega") for name in parameters)
-    if has_omega:
+    if has_omega and cfg.init_type in ("default", PROFILING):
         cfg.init_type = "adaptive"
-    elif cfg.init_type in PROFILE_TYPES:
+    elif not has_omega and cfg.init_type in OMEGA_TYPES:
         cfg.init_type = "default"
     return cfg
 
@@ -166,3 +166,33 @@ def updates_of(state: dict[str, Any]) -> int:
         return int(state["optimizer_history"][-1]["num_updates"])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return 0
+
+
+def without_optimizer(state: dict[str, Any]) -> dict[str, Any]:
+    """The settings and history of a loaded checkpoint, in the form that fairseq wrote them."""
+    cfg = data_only(safe_pickle.plain(state.get("cfg")))
+    history = data_only(safe_pickle.plain(state.get("optimizer_history")))
+    return {
+        "args": None if cfg else Namespace(**data_only(state["args"])),
+        **({"cfg": cfg} if cfg else {}),
+        "optimizer_history": history or [{"optimizer_name": "none", "lr_scheduler_state": {}, "num_updates": 0}],
+        "extra_state": data_only(safe_pickle.plain(state.get("extra_state"))) or {"train_iterator": {"epoch": 1}},
+        "last_optimizer_state": None,
+    }
+
+
+def data_only(value: Any) -> Any:
+    """``value`` without objects of foreign classes, which could not be read again: None in their place."""
+    if isinstance(value, dict):
+        return {key: data_only(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(data_only(item) for item in value)
+    if isinstance(value, Namespace):
+        return Namespace(**data_only(vars(value)))
+    return value if isinstance(value, (bool, int, float, str, Tensor)) else None
+
+
+def save_checkpoint(state: dict[str, Any], path: str | Path) -> None:
+    """Write a checkpoint's dict, at once. Raises FairseqError when it cannot be written."""
+    with atomic_write(path, "wb") as handle:
+        torch.save(state, handle)

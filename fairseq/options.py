@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fairseq import __version__
+from fairseq.admin.residual import MEASURED_TYPES
 from fairseq.registry import (
     ARCHITECTURES,
     CRITERIONS,
@@ -132,13 +133,16 @@ class ComponentConfig:
     arch: str = flag("transformer", "model architecture", "-a", choices=ARCHITECTURES.names)
     init_type: str = flag(
         "default",
-        "residual rule: default (Post-LN, or Pre-LN with --*-normalize-before), adaptive (Admin, starts from "
-        "--omega-file), adaptive-profiling (Admin: measure omega and stop)",
+        "residual rule: default (Post-LN, or Pre-LN with --*-normalize-before), adaptive (Admin: starts from "
+        "--omega-file, measuring it first if it is missing), adaptive-profiling (Admin: measure omega and stop), "
+        "adaptive-closed-form (Admin without measuring), rezero, rezero_postln, looklinear, deepnet, subln, b2t",
         choices=RESIDUAL_RULES.names,
     )
     omega_file: str = flag(
         "profile.ratio.init", "omega profile: written by adaptive-profiling, read by adaptive", metavar="FILE"
     )
+    profile_batches: int = flag(1, "training batches to measure omega on", least=1)
+    profile_deterministic: bool = flag(False, "measure omega with dropout off")
     criterion: str = flag("cross_entropy", "training criterion", choices=CRITERIONS.names)
     optimizer: str = flag("adam", "optimiser", choices=OPTIMIZERS.names)
     lr_scheduler: str = flag("fixed", "learning-rate schedule", choices=LR_SCHEDULERS.names)
@@ -306,6 +310,68 @@ class AverageConfig:
 
 
 @dataclass
+class ExportConfig:
+    """What ``fairseq-export`` writes."""
+
+    checkpoint: str = flag("", "checkpoint of a trained model, of any supported kind", positional=True)
+    format: str = flag("fairseq", "whose format to write", choices=("fairseq",))
+    fold: bool = flag(False, "fold omega, or DeepNet's alpha, into the weights: ordinary Post-LN with the same outputs")
+    output: str = flag("", "write model.pt in this directory; a name in .pt is the file itself", metavar="DIR")
+    user_dir: str | None = flag(None, "run the Python package in this directory first", metavar="DIR")
+
+
+@dataclass
+class ClinicDataConfig:
+    """The sentences that the clinic runs models on."""
+
+    data: str = flag("", "data-bin; the first training batch of each seed is what models are run on", positional=True)
+    source_lang: str | None = flag(None, "source language", "-s", metavar="SRC")
+    target_lang: str | None = flag(None, "target language", "-t", metavar="TGT")
+    max_tokens: int = flag(512, "most tokens in that batch, padding included", least=1)
+
+
+@dataclass
+class ClinicConfig:
+    """What the clinic measures and where it writes."""
+
+    models: str = flag(
+        "post-ln,pre-ln,adaptive", "models at the start of training: post-ln, pre-ln and init types", metavar="NAMES"
+    )
+    seeds: list[int] = flag([1, 2, 3], "seeds of the models, which results are averaged over", least=0, below=2**63)
+    out_dir: str = flag("clinic", "directory of results: JSON and PNG", metavar="DIR")
+    name: str | None = flag(None, "name of the result's files (default: the command's)", metavar="NAME")
+    cpu: bool = flag(False, "run on the CPU even when a GPU is there")
+    user_dir: str | None = flag(
+        None, "run the Python package in this directory, which may register init types", metavar="DIR"
+    )
+
+
+@dataclass
+class ClinicDepthConfig:
+    """How deep."""
+
+    depths: list[int] = flag([6, 12, 24, 50, 100, 200], "encoder sub-layers, two a layer", least=2)
+
+
+@dataclass
+class ClinicCheckpointConfig:
+    """Trained models."""
+
+    path: str | None = flag(
+        None,
+        "measure these checkpoints, as trained and as they started; --models alone otherwise",
+        metavar="[NAME=]FILE[:...]",
+    )
+
+
+@dataclass
+class ArchConfig:
+    """Which architecture."""
+
+    arch: str = flag("transformer", "model architecture", "-a", choices=ARCHITECTURES.names)
+
+
+@dataclass
 class PreprocessConfig:
     """Text to data-bin."""
 
@@ -327,6 +393,9 @@ class PreprocessConfig:
     workers: int = flag(1, "processes")
     dataset_impl: str = flag("mmap", "format of the data", choices=("mmap",))
 
+
+# the clinic's --models say these
+_NOT_OF_AN_ARCHITECTURE = {"encoder_normalize_before", "decoder_normalize_before"}
 
 COMPONENTS: tuple[tuple[str, Registry[Any], str], ...] = (
     ("criterion", CRITERIONS, "criterion"),
@@ -399,7 +468,25 @@ def _load_user_dir(argv: list[str] | None) -> None:
     import_user_dir(first.parse_known_args(argv)[0].user_dir)
 
 
-def parse_train_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_clinic_args(
+    prog: str, description: str, sections: tuple[tuple[type, str], ...], argv: list[str] | None
+) -> argparse.Namespace:
+    """Parse a command that takes an architecture; see ``parse_args``."""
+    from fairseq.models.config import TransformerConfig, resolve_architecture
+
+    _load_user_dir(argv)
+    parser = make_parser(prog, description, sections)
+    add_flags(parser, TransformerConfig, "architecture", suppress_defaults=True, skip=_NOT_OF_AN_ARCHITECTURE)
+    args = parser.parse_args(argv)
+    vars(args).update(resolve_architecture(args.arch, vars(args)))
+    return args
+
+
+def parse_train_args(
+    argv: list[str] | None = None,
+    prog: str = "fairseq-train",
+    description: str = "Train a translation model, or profile one with --init-type adaptive-profiling.",
+) -> argparse.Namespace:
     """Parse ``fairseq-train``'s flags; the chosen architecture fills in what the user left open.
 
     Only the flags of the chosen optimiser, schedule and criterion are accepted; ``--help`` lists all of them.
@@ -410,8 +497,7 @@ def parse_train_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     argv = sys.argv[1:] if argv is None else argv
     _load_user_dir(argv)
-    description = "Train a translation model, or profile one with --init-type adaptive-profiling."
-    parser = make_parser("fairseq-train", description, TRAIN_SECTIONS)
+    parser = make_parser(prog, description, TRAIN_SECTIONS)
     taken = set(vars(parser.parse_known_args(["-"])[0]))
     taken |= add_flags(parser, TransformerConfig, "architecture", suppress_defaults=True, skip=taken)
     wants_help = any(a in ("-h", "--help") for a in argv)
@@ -426,9 +512,23 @@ def parse_train_args(argv: list[str] | None = None) -> argparse.Namespace:
             if config is not None:
                 taken |= add_flags(parser, config, f"{title} {entry}", skip=taken)
     args = parser.parse_args(argv)
+    _check_init_type_flags(parser, args)
     vars(args).update(resolve_architecture(args.arch, vars(args)))
     _check_contradictions(parser, args)
     return args
+
+
+def _check_init_type_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what would do nothing. args: before the architecture has filled in what was not given."""
+    measures = args.init_type in MEASURED_TYPES
+    for given, flag_name, works, init_type in (
+        (args.profile_batches != 1, "--profile-batches", measures, "adaptive"),
+        (args.profile_deterministic, "--profile-deterministic", measures, "adaptive"),
+        ("output_change" in args, "--output-change", args.init_type == "adaptive-closed-form", "adaptive-closed-form"),
+        ("omega" in args, "--omega", args.init_type == "adaptive-closed-form", "adaptive-closed-form"),
+    ):
+        if given and not works:
+            parser.error(f"{flag_name} does nothing with --init-type {args.init_type}; it is for {init_type}")
 
 
 def _check_contradictions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

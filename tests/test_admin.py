@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,36 @@ def test_dropout_is_part_of_what_is_measured():
     calm = admin.profile(model, batch_of(), deterministic=True)
     assert calm.encoder != noisy.encoder
     assert admin.profile(tiny(init_type="adaptive"), batch_of()).encoder == calm.encoder
+
+
+def test_several_batches_average_variances():
+    model = tiny(init_type="adaptive")
+    batches = [batch_of(), batch_of(1), batch_of(2)]
+    runs = [admin.profile(model, batch) for batch in batches]
+    together = admin.profile(model, batches)
+    for stack in ("encoder", "decoder"):
+        squares = np.square([getattr(run, stack) for run in runs])
+        np.testing.assert_allclose(getattr(together, stack), np.sqrt(squares.mean(0)), rtol=1e-12)
+        assert len(set(map(tuple, squares.tolist()))) == 3
+
+
+def test_profiling_keeps_no_graph_and_one_layer_at_a_time():
+    """Each layer's activations are gone when the next one runs."""
+    model = tiny(init_type="adaptive", encoder_layers=6)
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def watch(module, args, output):
+        nonlocal most
+        assert output.grad_fn is None
+        alive.append(weakref.ref(output))
+        most = max(most, sum(ref() is not None for ref in alive))
+
+    for layer in model.encoder.layers:
+        for module in (layer.feed_forward.fc1, layer.self_attn.q_proj):
+            module.register_forward_hook(watch)
+    admin.profile(model, batch_of())
+    assert len(alive) == 12 and most == 1
 
 
 def test_apply_fills_vectors_and_they_train():

@@ -210,7 +210,7 @@ def test_languages_in_the_other_order_are_the_other_direction(toy_databin, tmp_p
 
 # -- help
 
-COMMANDS = ["preprocess", "train", "validate", "generate", "interactive", "score", "average"]
+COMMANDS = ["preprocess", "train", "validate", "generate", "interactive", "score", "average", "export"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -318,23 +318,97 @@ def test_omega_is_what_training_starts_from(toy_databin, tmp_path, cwd):
     assert values[0] == values[2] == "1.0"
 
 
+def test_adaptive_without_a_file_measures_first(toy_databin, tmp_path, cwd, caplog):
+    """The file is that of a profiling run and the training that of two steps; a file that is there is used."""
+    expected = profile(toy_databin, tmp_path)
+    flags = ("--init-type", "adaptive", "--max-update", 3)
+    two_steps = train(toy_databin, tmp_path / "two", *flags)
+    Path("profile.ratio.init").unlink()
+    one_step = train(toy_databin, tmp_path / "one", *flags)
+    assert "no omega file profile.ratio.init: profiling first" in caplog.messages
+    assert Path("profile.ratio.init").read_bytes() == expected
+    assert updates(one_step) == updates(two_steps)
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+    start = last(tmp_path / "one")["extra_state"]["omega"]
+    caplog.clear()
+    train(toy_databin, tmp_path / "other", *flags, "--seed", 2)
+    assert "omega from profile.ratio.init" in caplog.messages
+    assert last(tmp_path / "other")["extra_state"]["omega"] == start  # not what seed 2 would have measured
+
+
+@pytest.mark.slow
+def test_all_processes_start_from_the_omega_of_the_first(toy_databin, tmp_path, cwd):
+    one = train(toy_databin, tmp_path / "one", "--init-type", "adaptive", "--update-freq", 2, "--max-update", 3)
+    measured = Path("profile.ratio.init").read_bytes()
+    Path("profile.ratio.init").unlink()
+    flags = ("--init-type", "adaptive", "--distributed-world-size", 2, "--max-update", 3)
+    two = train(toy_databin, tmp_path / "two", *flags)
+    assert Path("profile.ratio.init").read_bytes() == measured
+    assert [p.name for p in cwd.iterdir()] == ["profile.ratio.init"]
+    assert updates(two).keys() == updates(one).keys()
+    assert_same(last(tmp_path / "one")["model"], last(tmp_path / "two")["model"], atol=1e-5)
+
+
+def omegas(content: bytes) -> list[float]:
+    return [float(line.split()[1]) for line in content.decode().splitlines() if line[0] != "#"]
+
+
+def test_profile_of_several_batches(toy_databin, tmp_path, cwd, caplog):
+    first = omegas(profile(toy_databin, tmp_path))
+    several = profile(toy_databin, tmp_path, "--profile-batches", 3)
+    assert omegas(several) != first
+    assert omegas(several) == pytest.approx(first, rel=0.2)  # of the same model and corpus
+    assert b"batches=3" in several
+    message = next(m for m in reversed(caplog.messages) if m.startswith("profiled 2 encoder and 3 decoder"))
+    values = omegas(several)
+    last_row = message.splitlines()[-1].split()
+    assert last_row == ["3", f"{values[-1]:.4f}"]
+    assert "wrote profile.ratio.init" in caplog.messages
+
+
+def test_deterministic_profile(toy_databin, tmp_path, cwd):
+    """Dropout is off: what it would have been plays no part, and a training with any dropout may start from it."""
+    flags = ("--profile-deterministic", "--dropout")
+    calm = profile(toy_databin, tmp_path, *flags, 0.4)
+    assert calm == profile(toy_databin, tmp_path, *flags, 0.1)
+    assert omegas(calm) == omegas(profile(toy_databin, tmp_path, "--dropout", 0, "--attention-dropout", 0))
+    Path("profile.ratio.init").write_bytes(calm)
+    train(toy_databin, tmp_path / "run", "--init-type", "adaptive", "--max-update", 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (("--init-type", "adaptive", "--profile-batches", 8), 1, "--profile-batches 8"),
+        (("--init-type", "adaptive", "--profile-batches", 0), 2, "at least 1"),
+        (("--init-type", "rezero", "--profile-batches", 2), 2, "--profile-batches does nothing with"),
+        (("--profile-deterministic",), 2, "--profile-deterministic does nothing with --init-type default"),
+        (("--init-type", "adaptive", "--output-change", "constant"), 2, "--output-change does nothing with"),
+        (("--init-type", "deepnet", "--omega", "constant"), 2, "--omega does nothing with --init-type deepnet"),
+    ],
+)
+def test_flags_of_other_init_types(toy_databin, tmp_path, cwd, capsys, flags, status, message):
+    assert_fails(capsys, status, message, *command_line(toy_databin, tmp_path / "run", *flags, "--max-update", 1))
+    assert list(cwd.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "adaptive-profiling"),
         ("", "expected encoder and decoder"),
         ("1 1.0\n2 nan\n1 1.0\n2 1.1\n3 1.2\n", "line 2"),
         ("1 1.0\n2 x\n", "line 2"),
         ("1 1.0\n3 1.2\n", "line 2"),
         ("1 1.0\n2 1.1\n3 1.2\n1 1.0\n2 1.1\n3 1.2\n", "3 encoder sub-layers and the model 2"),
         ("# model: encoder_layers=9\n1 1.0\n2 1.1\n1 1.0\n2 1.1\n3 1.2\n", "encoder_layers=9"),
+        ("# model: dropout=0.5\n1 1.0\n2 1.1\n1 1.0\n2 1.1\n3 1.2\n", "dropout=0.5, this model has 0.2"),
+        ("1 0\n2 1.1\n1 1.0\n2 1.1\n3 1.2\n", "line 1: omega 0.0 is not a positive finite number"),
         ("\x00\xff", "line 1"),
     ],
-    ids=["missing", "empty", "nan", "malformed", "order", "mismatch", "another model", "binary"],
+    ids=["empty", "nan", "malformed", "order", "mismatch", "another model", "other dropout", "zero", "binary"],
 )
 def test_bad_omega_file(toy_databin, tmp_path, cwd, capsys, content, message):
-    if content is not None:
-        Path("omega").write_text(content)
+    Path("omega").write_text(content)
     flags = ("--init-type", "adaptive", "--omega-file", "omega", "--max-update", 1)
     assert_fails(capsys, 1, message, *command_line(toy_databin, tmp_path / "run", *flags))
     assert not (tmp_path / "run" / "checkpoint_last.pt").exists()

@@ -36,6 +36,17 @@ class OmegaProfile:
                 for index, value in enumerate(stack, start=1):
                     handle.write(f"{index} {value!r}\n")
 
+    def to_dict(self) -> dict[str, list[float]]:
+        """The values alone, for a checkpoint."""
+        return {"encoder": self.encoder, "decoder": self.decoder}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> OmegaProfile | None:
+        """``to_dict``'s result as a profile; None for anything else, such as what older checkpoints have."""
+        if not isinstance(values, dict) or not all(isinstance(values.get(s), list) for s in ("encoder", "decoder")):
+            return None
+        return cls([float(v) for v in values["encoder"]], [float(v) for v in values["decoder"]])
+
     @classmethod
     def load(cls, path: str | Path) -> OmegaProfile:
         """Read a file, ours or one published with the original code.
@@ -89,18 +100,27 @@ def admin_residuals(stack: nn.Module) -> list[AdminResidual]:
     return [module for module in stack.modules() if isinstance(module, AdminResidual)]
 
 
-def apply_profile(model: nn.Module, profile: OmegaProfile) -> None:
+def current_profile(model: nn.Module) -> OmegaProfile | None:
+    """The mean of every omega vector of ``model``; None for a model without omega."""
+    residuals = [admin_residuals(stack) for stack in (model.encoder, model.decoder)]  # type: ignore[arg-type]
+    encoder, decoder = ([float(r.omega.detach().mean()) for r in stack] for stack in residuals)
+    return OmegaProfile(encoder, decoder) if encoder and decoder else None
+
+
+def apply_profile(model: nn.Module, profile: OmegaProfile, path: str | Path | None = None) -> None:
     """Fill every omega vector of ``model`` (a Transformer of init type adaptive) with its profile value.
 
-    Raises FairseqError when the numbers of sub-layers differ; the model is then untouched.
+    path: the profile's file, for messages. Raises FairseqError when the numbers of sub-layers differ; the model is then
+    untouched.
     """
+    name = "the omega profile" if path is None else f"omega file {path}"
     stacks = [("encoder", model.encoder, profile.encoder), ("decoder", model.decoder, profile.decoder)]
-    for name, stack, values in stacks:
+    for side, stack, values in stacks:
         found = len(admin_residuals(stack))  # type: ignore[arg-type]
         if found != len(values):
             raise FairseqError(
-                f"the omega profile has {len(values)} {name} sub-layers and the model {found}; "
-                "profile this architecture with --init-type adaptive-profiling"
+                f"{name} has {len(values)} {side} sub-layers and the model {found}; "
+                "profile this architecture with --init-type adaptive-profiling or name another --omega-file"
             )
     for _, stack, values in stacks:
         for residual, value in zip(admin_residuals(stack), values, strict=True):  # type: ignore[arg-type]
@@ -108,14 +128,16 @@ def apply_profile(model: nn.Module, profile: OmegaProfile) -> None:
                 residual.omega.fill_(value)
 
 
-_SHAPE = ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")  # what a profile's comments must agree on
+_SHAPE = [f"{stack}_{name}" for stack in ("encoder", "decoder") for name in ("layers", "embed_dim", "ffn_embed_dim")]
+_SHAPE += ["encoder_attention_heads", "decoder_attention_heads", "activation_fn"]
+_DROPOUT = ["dropout", "attention_dropout", "activation_dropout"]
 
 
-def describe(cfg: Any, conditions: str) -> list[str]:
-    """Comment lines naming the model (a TransformerConfig) and the conditions of a profile."""
-    names = [f"{stack}_{name}" for stack in ("encoder", "decoder") for name in _SHAPE]
-    names += ["dropout", "attention_dropout", "activation_dropout"]
-    return ["model: " + " ".join(f"{name}={getattr(cfg, name)}" for name in names), f"profiled with: {conditions}"]
+def describe(cfg: Any, conditions: str, deterministic: bool = False) -> list[str]:
+    """Comment lines naming the model (a TransformerConfig) and the conditions of a profile, dropout if it was on."""
+    names = _SHAPE if deterministic else [*_SHAPE, *_DROPOUT]
+    model = "model: " + " ".join(f"{name}={getattr(cfg, name)}" for name in names)
+    return [model, f"profiled with: {conditions}{' dropout=off' if deterministic else ''}"]
 
 
 def check_comments(profile: OmegaProfile, cfg: Any, path: str | Path) -> None:
@@ -128,9 +150,8 @@ def check_comments(profile: OmegaProfile, cfg: Any, path: str | Path) -> None:
             continue
         for setting in comment.removeprefix("model:").split():
             name, _, value = setting.partition("=")
-            own = getattr(cfg, name, None)
-            if name.endswith(_SHAPE) and own is not None and value != str(own):
+            if name in (*_SHAPE, *_DROPOUT) and value != str(getattr(cfg, name)):
                 raise FairseqError(
-                    f"omega file {path} was profiled with {name}={value}, this model has {own}; "
+                    f"omega file {path} was profiled with {name}={value}, this model has {getattr(cfg, name)}; "
                     "profile it with --init-type adaptive-profiling or name another --omega-file"
                 )

@@ -11,7 +11,7 @@ omega takes effect before the next sub-layer is measured, since it changes what 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,14 +55,31 @@ def _variance(x: Tensor) -> float:
     return torch.var(x.float(), correction=0).item()
 
 
-@torch.no_grad()
-def profile(model: nn.Module, batch: Mapping[str, Any], deterministic: bool = False) -> OmegaProfile:
-    """Run ``batch`` through ``model`` (init type adaptive or adaptive-profiling) and return every sub-layer's omega.
+Batch = Mapping[str, Any]
 
-    batch: src_tokens (batch, src_len), src_lengths (batch,), prev_output_tokens (batch, tgt_len). Training mode,
-    dropout on, unless ``deterministic``; float32 whatever autocast says. Parameters and mode are left as they were; the
-    random number generator is not. Raises FairseqError for a model without omega.
+
+def profile(model: nn.Module, batches: Batch | Sequence[Batch], deterministic: bool = False) -> OmegaProfile:
+    """Run a batch through ``model`` (of an init type with omega) and return every sub-layer's omega.
+
+    batches: src_tokens (batch, src_len), src_lengths (batch,), prev_output_tokens (batch, tgt_len); of several, each is
+    profiled by itself and the variances accumulated before a sub-layer, omega^2, are averaged. Training mode, dropout
+    on, unless ``deterministic``; float32 whatever autocast says. No autograd graph: one layer's activations at a time.
+    Parameters and mode are left as they were; the random number generator is not. Raises FairseqError for a model
+    without omega.
     """
+    several = [batches] if isinstance(batches, Mapping) else batches
+    runs = [_profile_batch(model, batch, deterministic) for batch in several]
+    if len(runs) == 1:
+        return runs[0]
+    return OmegaProfile(_root_mean_square(run.encoder for run in runs), _root_mean_square(run.decoder for run in runs))
+
+
+def _root_mean_square(runs: Iterable[list[float]]) -> list[float]:
+    return [math.sqrt(sum(value * value for value in values) / len(values)) for values in zip(*runs, strict=True)]
+
+
+@torch.no_grad()
+def _profile_batch(model: nn.Module, batch: Batch, deterministic: bool) -> OmegaProfile:
     stacks: list[list[AdminResidual]] = [admin_residuals(model.encoder), admin_residuals(model.decoder)]  # type: ignore[arg-type]
     if not all(stacks):
         raise FairseqError("this model has no omega to profile; build it with --init-type adaptive-profiling")
@@ -73,7 +90,8 @@ def profile(model: nn.Module, batch: Mapping[str, Any], deterministic: bool = Fa
     try:
         model.train(not deterministic)
         with torch.autocast(device_type, enabled=False):
-            model(batch["src_tokens"], batch["src_lengths"], batch["prev_output_tokens"])
+            # without the projection to the vocabulary, whose logits would be the largest tensor by far
+            model.decoder(batch["prev_output_tokens"], model.encoder(batch["src_tokens"]))  # type: ignore[operator]
     finally:
         for profiler in profilers:
             profiler.remove()

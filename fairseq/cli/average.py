@@ -6,9 +6,10 @@ import logging
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from fairseq.checkpoint import save_checkpoint
 from fairseq.cli import command
 from fairseq.options import AverageConfig, make_parser
-from fairseq.training.averaging import average_checkpoints, last_checkpoints, save_checkpoint
+from fairseq.training.averaging import average_checkpoints, last_checkpoints
 
 logger = logging.getLogger(__name__)
 

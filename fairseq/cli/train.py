@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from fairseq.admin.residual import PROFILING
 from fairseq.cli import command
 from fairseq.options import parse_train_args
 from fairseq.training.distributed import launch
-from fairseq.training.train import PROFILING, train
+from fairseq.training.train import train
 
 
 def _main(argv: list[str] | None = None) -> None:

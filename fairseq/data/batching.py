@@ -277,9 +277,15 @@ class EpochBatchIterator:
         self.epoch, self._offset, self._plan = self.epoch + 1, 0, None
 
     def first_batch(self) -> Batch:
-        """The first global batch of this epoch, on every rank: for profiling, and for a rank that has none itself."""
+        """The first global batch of this epoch, on every rank: for one that has none itself."""
+        return self.first_batches(1)[0]
+
+    def first_batches(self, count: int) -> list[Batch]:
+        """The first ``count`` global batches of this epoch, in training order. Raises FairseqError if it has fewer."""
         dataset, batches = self._planned()
-        return dataset.collate(batches[0])
+        if count > len(batches):
+            raise FairseqError(f"--profile-batches {count}: {dataset.src.prefix} has {len(batches)} batches an epoch")
+        return [dataset.collate(batch) for batch in batches[:count]]
 
     def updates(self, update_freq: int) -> Iterator[list[Batch | None]]:
         """The rest of this epoch: for each update, this rank's micro-batches, at most ``update_freq``.

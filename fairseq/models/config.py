@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from fairseq.admin.residual import OMEGA_KINDS, OUTPUT_CHANGES
 from fairseq.registry import ARCHITECTURES
 from fairseq.utils.flags import default_of, flag, from_namespace
 
@@ -41,6 +42,10 @@ class TransformerConfig:
     no_token_positional_embeddings: bool = flag(False, "no positional embeddings")
     layernorm_embedding: bool = flag(False, "LayerNorm after the embeddings")
     no_scale_embedding: bool = flag(False, "do not multiply embeddings by sqrt(dim)")
+    output_change: str = flag(
+        "logn", "growth of the output change with depth that adaptive-closed-form aims at", choices=OUTPUT_CHANGES
+    )
+    omega: str = flag("parameter", "whether adaptive-closed-form trains omega", choices=OMEGA_KINDS)
     init_type: str = "default"
     max_source_positions: int = 1024
     max_target_positions: int = 1024

@@ -41,12 +41,12 @@ def build_embedding(num_embeddings: int, embed_dim: int) -> nn.Embedding:
     return embedding
 
 
-def _build_residuals(cfg: TransformerConfig, stack: str, layer: int, count: int) -> list[nn.Module]:
-    """The residual rules of one layer's ``count`` sub-layers, in order."""
+def _build_residuals(cfg: TransformerConfig, stack: str, layer: int, branches: list[nn.Module]) -> list[nn.Module]:
+    """The residual rules of one layer's sub-layers ``branches``, in order."""
     rule = RESIDUAL_RULES.get(cfg.init_type)
     encoder = stack == "encoder"
     residuals: list[nn.Module] = []
-    for _ in range(count):
+    for branch in branches:
         site = ResidualSite(
             dim=cfg.encoder_embed_dim if encoder else _int(cfg.decoder_embed_dim),
             dropout=cfg.dropout,
@@ -56,8 +56,15 @@ def _build_residuals(cfg: TransformerConfig, stack: str, layer: int, count: int)
             encoder_layers=cfg.encoder_layers,
             decoder_layers=cfg.decoder_layers,
             siblings=list(residuals),
+            sublayers=len(branches),
+            init_type=cfg.init_type,
+            output_change=cfg.output_change,
+            omega=cfg.omega,
         )
-        residuals.append(rule(site))
+        residual = rule(site)
+        if hasattr(residual, "init_branch"):
+            residual.init_branch(branch)
+        residuals.append(residual)
     return residuals
 
 
@@ -110,15 +117,10 @@ class TransformerEncoder(_Stack):
         dim, heads = cfg.encoder_embed_dim, cfg.encoder_attention_heads
         self.layers = nn.ModuleList()
         for i in range(cfg.encoder_layers):
-            self_attn_residual, ffn_residual = _build_residuals(cfg, "encoder", i, 2)
-            self.layers.append(
-                TransformerEncoderLayer(
-                    MultiheadAttention(dim, heads, cfg.attention_dropout),
-                    self_attn_residual,
-                    FeedForward(dim, cfg.encoder_ffn_embed_dim, cfg.activation_fn, cfg.activation_dropout),
-                    ffn_residual,
-                )
-            )
+            self_attn = MultiheadAttention(dim, heads, cfg.attention_dropout)
+            feed_forward = FeedForward(dim, cfg.encoder_ffn_embed_dim, cfg.activation_fn, cfg.activation_dropout)
+            residuals = _build_residuals(cfg, "encoder", i, [self_attn, feed_forward])
+            self.layers.append(TransformerEncoderLayer(self_attn, residuals[0], feed_forward, residuals[1]))
         self._finish()
 
     def forward(self, src_tokens: Tensor) -> EncoderOut:
@@ -189,16 +191,12 @@ class TransformerDecoder(_Stack):
         ffn_dim = _int(cfg.decoder_ffn_embed_dim)
         self.layers = nn.ModuleList()
         for i in range(cfg.decoder_layers):
-            self_attn_residual, encoder_attn_residual, ffn_residual = _build_residuals(cfg, "decoder", i, 3)
+            self_attn = MultiheadAttention(dim, heads, cfg.attention_dropout)
+            encoder_attn = MultiheadAttention(dim, heads, cfg.attention_dropout, kdim=cfg.encoder_embed_dim)
+            feed_forward = FeedForward(dim, ffn_dim, cfg.activation_fn, cfg.activation_dropout)
+            residuals = _build_residuals(cfg, "decoder", i, [self_attn, encoder_attn, feed_forward])
             self.layers.append(
-                TransformerDecoderLayer(
-                    MultiheadAttention(dim, heads, cfg.attention_dropout),
-                    self_attn_residual,
-                    MultiheadAttention(dim, heads, cfg.attention_dropout, kdim=cfg.encoder_embed_dim),
-                    encoder_attn_residual,
-                    FeedForward(dim, ffn_dim, cfg.activation_fn, cfg.activation_dropout),
-                    ffn_residual,
-                )
+                TransformerDecoderLayer(self_attn, residuals[0], encoder_attn, residuals[1], feed_forward, residuals[2])
             )
         self._finish()
         self.output_projection = nn.Linear(dim, embed_tokens.num_embeddings, bias=False)

@@ -29,6 +29,7 @@ class MultiheadAttention(nn.Module):
         self.v_proj = nn.Linear(kdim, embed_dim)
         self.q_proj = nn.Linear(embed_dim, embed_dim)
         self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.inner_norm: nn.Module = nn.Identity()  # a residual rule may put a LayerNorm here
         gain = 1 / math.sqrt(2) if kdim == embed_dim else 1.0  # that of one fused (3 * dim, dim) Xavier matrix
         for projection in (self.k_proj, self.v_proj, self.q_proj):
             nn.init.xavier_uniform_(projection.weight, gain)
@@ -52,7 +53,7 @@ class MultiheadAttention(nn.Module):
         q_BHTD = self._split_heads(self.q_proj(query))
         dropout = self.dropout if self.training else 0.0
         context_BHTD = F.scaled_dot_product_attention(q_BHTD, key, value, mask, dropout)
-        return self.out_proj(context_BHTD.transpose(1, 2).flatten(2))
+        return self.out_proj(self.inner_norm(context_BHTD.transpose(1, 2).flatten(2)))
 
     def attention_weights(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
         """The attention distribution, averaged over heads: (batch, time, mem), float32. For alignments."""

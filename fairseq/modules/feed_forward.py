@@ -25,7 +25,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """``fc2(dropout(activation(fc1(x))))``; weights Xavier-uniform, biases zero."""
+    """``fc2(inner_norm(dropout(activation(fc1(x)))))``; weights Xavier-uniform, biases zero, inner_norm identity."""
 
     def __init__(self, embed_dim: int, ffn_embed_dim: int, activation_fn: str, dropout: float) -> None:
         super().__init__()
@@ -33,10 +33,11 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fc1 = nn.Linear(embed_dim, ffn_embed_dim)
         self.fc2 = nn.Linear(ffn_embed_dim, embed_dim)
+        self.inner_norm: nn.Module = nn.Identity()  # a residual rule may put a LayerNorm here
         for linear in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, time, dim) -> same shape."""
-        return self.fc2(self.dropout(self.activation(self.fc1(x))))
+        return self.fc2(self.inner_norm(self.dropout(self.activation(self.fc1(x)))))

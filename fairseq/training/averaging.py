@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq.checkpoint import load_checkpoint
+from fairseq.checkpoint import load_checkpoint, without_optimizer
 from fairseq.errors import FairseqError
-from fairseq.utils.io import atomic_write
-from fairseq.utils.safe_pickle import plain
 
 _EPOCH_FILE = re.compile(r"checkpoint(\d+)\.pt")
 _UPDATE_FILE = re.compile(r"checkpoint_\d+_(\d+)\.pt")
@@ -64,13 +61,7 @@ def average_checkpoints(paths: Sequence[str | Path]) -> dict[str, Any]:
         for name, total in sums.items():
             total += other[name]
     means = {name: (total / len(paths)).to(parameters[name].dtype) for name, total in sums.items()}
-    return _without_optimizer(first) | {"model": parameters | means}
-
-
-def save_checkpoint(state: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint's dict, at once. Raises FairseqError when it cannot be written."""
-    with atomic_write(path, "wb") as handle:
-        torch.save(state, handle)
+    return without_optimizer(first) | {"model": parameters | means}
 
 
 def _check_same(
@@ -88,27 +79,3 @@ def _check_same(
                 f"{path}: {name} is {tuple(other[name].shape)}, and {tuple(tensor.shape)} in {first_path}; "
                 "average checkpoints of one model"
             )
-
-
-def _without_optimizer(state: dict[str, Any]) -> dict[str, Any]:
-    """The settings and history of a loaded checkpoint, in the form that fairseq wrote them."""
-    cfg = _data_only(plain(state.get("cfg")))
-    history = _data_only(plain(state.get("optimizer_history")))
-    return {
-        "args": None if cfg else Namespace(**_data_only(state["args"])),
-        **({"cfg": cfg} if cfg else {}),
-        "optimizer_history": history or [{"optimizer_name": "none", "lr_scheduler_state": {}, "num_updates": 0}],
-        "extra_state": _data_only(plain(state.get("extra_state"))) or {"train_iterator": {"epoch": 1}},
-        "last_optimizer_state": None,
-    }
-
-
-def _data_only(value: Any) -> Any:
-    """``value`` without objects of foreign classes, which could not be read again: None in their place."""
-    if isinstance(value, dict):
-        return {key: _data_only(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_data_only(item) for item in value)
-    if isinstance(value, Namespace):
-        return Namespace(**_data_only(vars(value)))
-    return value if isinstance(value, (bool, int, float, str, Tensor)) else None

@@ -14,7 +14,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from fairseq.training.logging import DATE_FORMAT, LINE_FORMAT
 # What gloo says when a process has gone; NCCL does not return, its process is ended with the others
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _INTERRUPTED = 130
+T = TypeVar("T")
 
 
 class _LostOthers(FairseqError):
@@ -52,6 +53,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(x)
         return x
+
+    def from_master(self, value: T) -> T:
+        """The first process's value of a small picklable object, in all processes."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
 
     def barrier(self) -> None:
         """Wait for all processes."""

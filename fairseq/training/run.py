@@ -19,6 +19,7 @@ from fairseq.options import CheckpointConfig, section
 from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.distributed import World
 from fairseq.training.logging import Averages, TrainLog
+from fairseq.training.profiling import start_omega
 from fairseq.training.trainer import Trainer
 from fairseq.training.validation import Validator
 
@@ -57,10 +58,8 @@ class TrainingRun:
         if state is not None:
             load_parameters(model, from_fairseq(state["model"]), str(path))
         elif args.init_type == "adaptive":
-            profile = admin.OmegaProfile.load(args.omega_file)
-            admin.check_comments(profile, model.cfg, args.omega_file)
-            admin.apply_profile(model, profile)
-            logger.info(f"omega from {args.omega_file}")
+            start_omega(args, model, itr, world)
+        self.omega = admin.current_profile(model)  # at the start of training
         self.trainer = Trainer(args, model, world)
         self.trainer.dummy_batch = itr.first_batch
         if parameters_only:
@@ -75,6 +74,7 @@ class TrainingRun:
         args, trainer = self.args, self.trainer
         try:
             extra = state.get("extra_state") or {}
+            self.omega = admin.OmegaProfile.from_dict(extra.get("omega"))
             if not args.reset_optimizer:
                 self._resume_optimizer(state, path)
             if not args.reset_dataloader and "train_iterator" in extra:
@@ -226,6 +226,7 @@ class TrainingRun:
                 "epoch_stats": self.epoch_stats.state_dict(),
                 "train_wall": self.train_wall,
                 "previous_training_time": self._wall(),
+                "omega": self.omega and self.omega.to_dict(),
             },
             "last_optimizer_state": None if args.no_save_optimizer_state else trainer.optimizer_state(),
         }

@@ -7,7 +7,7 @@ from argparse import Namespace
 
 import torch
 
-from fairseq import admin
+from fairseq.admin.residual import PROFILING
 from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.translation import TranslationData
 from fairseq.models.config import TransformerConfig
@@ -15,12 +15,10 @@ from fairseq.models.transformer import Transformer
 from fairseq.options import DataConfig, section
 from fairseq.training.distributed import World
 from fairseq.training.logging import TrainLog, choose_log_format
+from fairseq.training.profiling import profile_to_file
 from fairseq.training.run import TrainingRun
-from fairseq.training.trainer import to_device
 
 logger = logging.getLogger("fairseq.train")
-
-PROFILING = "adaptive-profiling"
 
 
 def train(args: Namespace, world: World) -> None:
@@ -46,9 +44,10 @@ def train(args: Namespace, world: World) -> None:
             num_workers=args.num_workers,
             pin_memory=world.device.type == "cuda",
         )
-        if args.init_type == PROFILING:
+        if args.init_type == PROFILING and world.is_master:
             profile_to_file(args, model, itr, world)
-        else:
+            logger.info(f"now train with --init-type adaptive --omega-file {args.omega_file}")
+        elif args.init_type != PROFILING:
             TrainingRun(args, world, model, itr, data, log).train()
 
 
@@ -73,20 +72,3 @@ def build_model(args: Namespace, src_vocab: int, tgt_vocab: int) -> Transformer:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"architecture {args.arch}, init type {args.init_type}, {trained:,} parameters")
     return model
-
-
-def profile_to_file(args: Namespace, model: Transformer, itr: EpochBatchIterator, world: World) -> None:
-    """Measure omega on the first training batch of epoch 1, dropout on, and write ``--omega-file``."""
-    if not world.is_master:
-        return
-    batch = itr.first_batch()
-    torch.manual_seed(args.seed)
-    profile = admin.profile(model.to(world.device), to_device(batch, world.device)["net_input"])
-    profile.comments = admin.describe(model.cfg, f"seed={args.seed} sentences={batch['nsentences']}")
-    profile.save(args.omega_file)
-    logger.info(
-        f"profiled {len(profile.encoder)} encoder and {len(profile.decoder)} decoder sub-layers on "
-        f"{batch['nsentences']} sentences: omega 1 to {profile.encoder[-1]:.3f} (encoder), "
-        f"1 to {profile.decoder[-1]:.3f} (decoder)"
-    )
-    logger.info(f"wrote {args.omega_file}; now train with --init-type adaptive --omega-file {args.omega_file}")
