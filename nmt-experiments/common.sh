@@ -56,7 +56,8 @@ usage() {
     cat <<END
 
 Options, with defaults (those marked * also as environment variables, MAX_TOKENS=2048 for instance):
-* --model postln|preln|admin   which Transformer to train ($MODEL)
+* --model NAME                 which Transformer to train ($MODEL): postln, preln, admin, closed-form, rezero,
+                               rezero_postln, looklinear, deepnet, subln or b2t
   --data DIR                   already downloaded files; then nothing is downloaded
   --out DIR                    data, checkpoints and results ($OUT)
   --run NAME                   directory of this run in it (MODEL-6L-6L, by the numbers of layers)
@@ -105,7 +106,9 @@ parse_arguments() {
         postln) INIT=(--init-type default) ;;
         preln) INIT=(--init-type default --encoder-normalize-before --decoder-normalize-before) ;;
         admin) INIT=(--init-type adaptive) ;;
-        *) misused "--model $MODEL: must be postln, preln or admin" ;;
+        closed-form) INIT=(--init-type adaptive-closed-form) ;;
+        rezero | rezero_postln | looklinear | deepnet | subln | b2t) INIT=(--init-type "$MODEL") ;;
+        *) misused "--model $MODEL: unknown" ;;
     esac
     mkdir -p "$OUT"
     OUT=$(cd "$OUT" && pwd)

@@ -58,6 +58,12 @@ def _split(args: argparse.Namespace) -> str:
     return f"{train} lines for training, {valid} for validation"
 
 
+def _split_pairs(args: argparse.Namespace) -> str:
+    outputs = [(f"{part}.{args.left}", f"{part}.{args.right}") for part in (args.train, args.valid, args.test)]
+    train, valid, test = corpus.split_pairs(args.input, outputs, args.every)
+    return f"{train} pairs for training, {valid} for validation, {test} for testing"
+
+
 def _learn_bpe(args: argparse.Namespace) -> str:
     return f"{corpus.learn_bpe(args.input, args.merges, args.codes)} merges"
 
@@ -68,6 +74,12 @@ def _apply_bpe(args: argparse.Namespace) -> str:
 
 def _positive(text: str) -> int:
     if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def _at_least_two(text: str) -> int:
+    if (number := int(text)) < 2:
         raise ValueError
     return number
 
@@ -91,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     detokenize = add("detokenize", _detokenize, "undo Moses tokenisation", "input", "output")
     clean = add("clean", _clean, "drop empty, long and badly matched pairs", "source", "target")
     split = add("split", _split, "hold out every Nth line for validation", "input", "train", "valid")
+    pairs = add(
+        "split-pairs", _split_pairs, "hold out of a file of tab-separated pairs", "input", "train", "valid", "test"
+    )
     learn = add("learn-bpe", _learn_bpe, "learn joint BPE merges (subword-nmt)")
     apply = add("apply-bpe", _apply_bpe, "split words into BPE subwords", "input", "output")
 
@@ -112,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     clean.add_argument("--max-words", type=int, default=175, help="on either side (default: %(default)s)")
     clean.add_argument("--ratio", type=float, default=9.0, help="between the sides at most (default: %(default)s)")
     split.add_argument("--every", type=_positive, required=True, help="line numbers divisible by it go to validation")
+    pairs.add_argument("--left", required=True, metavar="LANG", help="files are named TRAIN.LANG, VALID.LANG, ...")
+    pairs.add_argument("--right", required=True, metavar="LANG", help="likewise, of the second text")
+    pairs.add_argument("--every", type=_at_least_two, required=True, help="of N distinct left texts 1 each is held out")
     learn.add_argument("input", nargs="+")
     learn.add_argument("--merges", type=_positive, required=True)
     for subparser in (learn, apply):

@@ -347,3 +347,27 @@ def test_command_error_is_one_line(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert result.stderr.strip() == f"error: {tmp_path / 'missing.xml'}: cannot read: No such file or directory"
     assert subprocess.run(command[:2], capture_output=True).returncode == 2
+
+
+@few_files
+@given(st.lists(st.tuples(st.sampled_from("abcdefghij"), st.sampled_from("xyz")), max_size=60), st.integers(2, 5))
+def test_split_pairs_holds_out_distinct_left_sides(tmp_path_factory, pairs: list[tuple[str, str]], every: int) -> None:
+    directory = tmp_path_factory.mktemp("pairs")
+    (directory / "all").write_text("".join(f"{left}\t{right}\tlicence\n" for left, right in pairs))
+    outputs = [(directory / f"{part}.l", directory / f"{part}.r") for part in ("train", "valid", "test")]
+    counts = corpus.split_pairs(directory / "all", outputs, every)
+    parts = [list(zip(*(path.read_text().splitlines() for path in pair), strict=True)) for pair in outputs]
+    assert [len(part) for part in parts] == counts
+    assert sorted(chain(*parts)) == sorted(pairs)
+    lefts = [{left for left, _ in part} for part in parts]
+    distinct = list(dict.fromkeys(left for left, _ in pairs))
+    assert lefts[1] == {left for i, left in enumerate(distinct, start=1) if i % every == 0}
+    assert sum(map(len, lefts)) == len(distinct)  # none in two parts
+
+
+def test_split_pairs_names_a_bad_line(tmp_path: Path) -> None:
+    (tmp_path / "all").write_text("a\tb\nc\n")
+    outputs = [(tmp_path / f"{part}.l", tmp_path / f"{part}.r") for part in ("train", "valid", "test")]
+    with pytest.raises(FairseqError, match="line 2: not two texts"):
+        corpus.split_pairs(tmp_path / "all", outputs, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["all"]

@@ -8,6 +8,7 @@ tokenizer, lowercase, clean-corpus-n), so that the sets keep their known sizes.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import html
 import io
@@ -187,6 +188,29 @@ def split_valid(path: Path, train: Path, valid: Path, every: int) -> tuple[int, 
             counts[held_out] += 1
             (valid_out if held_out else train_out).write(line + "\n")
     return counts[0], counts[1]
+
+
+def split_pairs(path: Path, outputs: Sequence[tuple[Path, Path]], every: int) -> list[int]:
+    """Split a file of lines ``left<TAB>right`` so that no left side is in two parts; returns the parts' pair counts.
+
+    outputs: (left, right) files of the training, validation and test part. Of every ``every`` distinct left sides, in
+    the order of their first appearance, the last goes to validation and the middle one to test, with all its pairs.
+    Raises FairseqError for a line that is no pair.
+    """
+    numbers: dict[str, int] = {}  # distinct left side -> its number, from 1
+    counts = [0] * len(outputs)
+    with contextlib.ExitStack() as stack:
+        files = [tuple(stack.enter_context(atomic_write(side)) for side in pair) for pair in outputs]
+        for line_number, line in enumerate(read_lines(path), start=1):
+            fields = line.split("\t")
+            if len(fields) < 2 or not fields[0].strip() or not fields[1].strip():
+                raise FairseqError(f"{path}, line {line_number}: not two texts with a tab between them")
+            number = numbers.setdefault(fields[0], len(numbers) + 1)
+            part = {0: 1, every // 2: 2}.get(number % every, 0)
+            counts[part] += 1
+            for handle, text in zip(files[part], fields, strict=False):
+                handle.write(text + "\n")
+    return counts
 
 
 def learn_bpe(paths: Sequence[Path], merges: int, codes: Path) -> int:
