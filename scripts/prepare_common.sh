@@ -84,7 +84,10 @@ need() {
     archive=$(input "${url##*/}")
     if [[ $missing != "${archive##*/}" ]]; then
         say "unpacking $archive"
-        tar -xf "$archive" -C "$OUT/orig"
+        case $archive in
+            *.zip) "$PYTHON" -m zipfile -e "$archive" "$OUT/orig" ;;
+            *) tar -xf "$archive" -C "$OUT/orig" ;;
+        esac
     fi
     for file; do
         if [[ -z $(input "$file" "$file.gz") ]]; then die "$archive holds no $file"; fi

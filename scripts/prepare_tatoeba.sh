@@ -10,10 +10,7 @@ NAME=tatoeba_de-en SOURCE=de TARGET=en
 URL=https://www.manythings.org/anki/deu-eng.zip
 parse_prepare_arguments "$@"
 
-if [[ -z $(input deu.txt) ]]; then
-    if [[ -z $(input deu-eng.zip) ]]; then fetch "$URL"; fi
-    once "$TEXT/.done/unpack" "$PYTHON" -m zipfile -e "$(input deu-eng.zip)" "$OUT/orig"
-fi
+need "$URL" deu.txt
 once "$TEXT/.done/split" corpus split-pairs --left en --right de --every 100 "$(input deu.txt)" \
     "$TEXT/raw.train" "$TEXT/raw.valid" "$TEXT/raw.test"
 for part in train valid test; do

@@ -43,28 +43,46 @@ def test_admin_residual_is_its_equation():
     torch.testing.assert_close(residual(x, torch.tanh), expected)
 
 
+def recursion(x: torch.Tensor, sublayers: list) -> tuple[list[float], torch.Tensor]:
+    """Run (norm, branch) after (norm, branch) on x with the definition of omega written out; returns omega, output."""
+    omega, omegas = 1.0, []
+    for norm, branch in sublayers:
+        omegas.append(omega)
+        f, shortcut = branch(x), omega * x
+        x = norm(shortcut + f)
+        omega = math.sqrt(shortcut.var(correction=0) + f.var(correction=0))
+    return omegas, x
+
+
+@torch.no_grad()
 def test_profile_is_the_recursion_in_float64():
-    """An encoder run by hand, sub-layer after sub-layer, with the definition of omega written out."""
+    """Both stacks run by hand, sub-layer after sub-layer, on a batch with padding on both sides."""
     model = tiny(init_type="adaptive-profiling", encoder_layers=3).double()
     batch = batch_of()
+    src, prev = batch["src_tokens"], batch["prev_output_tokens"]
     profile = admin.profile(model, batch)
-    with torch.no_grad():
-        keep = batch["src_tokens"].ne(1)
-        x = model.encoder.embed(batch["src_tokens"], model.encoder.embed_positions(batch["src_tokens"]))
-        omega, expected = 1.0, []
-        for layer in model.encoder.layers:
-            mask = keep[:, None, None, :]
-            for norm, branch in (
-                (layer.self_attn_residual.norm, lambda q, layer=layer, mask=mask: layer.self_attn(q, q, mask=mask)),
-                (layer.ffn_residual.norm, layer.feed_forward),
-            ):
-                expected.append(omega)
-                f = branch(x)
-                shortcut = omega * x
-                omega = math.sqrt(shortcut.var(correction=0) + f.var(correction=0))
-                x = norm(shortcut + f)
+    source = src.ne(1)[:, None, None, :]
+    target = torch.ones(5, 5, dtype=torch.bool).tril() & prev.ne(1)[:, None, None, :]
+    encoder: list = []
+    for layer in model.encoder.layers:
+        encoder += [
+            (layer.self_attn_residual.norm, lambda q, f=layer.self_attn: f(q, q, mask=source)),
+            (layer.ffn_residual.norm, layer.feed_forward),
+        ]
+    x = model.encoder.embed(src, model.encoder.embed_positions(src))
+    expected, encoder_out = recursion(x, encoder)
     np.testing.assert_allclose(profile.encoder, expected, rtol=1e-5)  # variances are taken in float32
-    assert profile.decoder[0] == 1.0 and len(profile.decoder) == 6
+    decoder: list = []
+    for layer in model.decoder.layers:
+        decoder += [
+            (layer.self_attn_residual.norm, lambda q, f=layer.self_attn: f(q, q, mask=target)),
+            (layer.encoder_attn_residual.norm, lambda q, f=layer.encoder_attn: f(q, encoder_out, mask=source)),
+            (layer.ffn_residual.norm, layer.feed_forward),
+        ]
+    x = model.decoder.embed(prev, model.decoder.embed_positions(prev))
+    expected, _ = recursion(x, decoder)
+    np.testing.assert_allclose(profile.decoder, expected, rtol=1e-5)
+    assert len(profile.encoder) == len(profile.decoder) == 6
 
 
 def test_profiling_leaves_no_trace():

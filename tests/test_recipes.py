@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = [
     ROOT / "nmt-experiments" / f"{name}.sh"
-    for name in ("multi30k_en-de", "iwslt14_de-en", "wmt14_en-de", "wmt14_en-fr")
+    for name in ("multi30k_en-de", "iwslt14_de-en", "wmt14_en-de", "wmt14_en-fr", "tatoeba_de-en")
 ]
-PREPARE = [ROOT / "scripts" / f"prepare_{name}.sh" for name in ("multi30k", "iwslt14", "wmt14_en-de", "wmt14_en-fr")]
+PREPARE = [
+    ROOT / "scripts" / f"prepare_{name}.sh" for name in ("multi30k", "iwslt14", "wmt14_en-de", "wmt14_en-fr", "tatoeba")
+]
 # Stands in for every fairseq-* command: notes its arguments, makes the files that the next step needs.
 STUB = """#!/usr/bin/env bash
 set -eu
@@ -143,3 +146,27 @@ def test_wmt14_recipe_and_its_flags(tmp_path: Path, stubs: dict[str, str]) -> No
     assert (tmp_path / "out" / "text" / "valid.en").read_text().count("\n") == 3  # every 100th of 300
     for call in calls(tmp_path):
         assert {arg for arg in call[1:] if re.match(r"--?[a-z]", arg)} <= flags_of(call[0]), call[0]
+
+
+@pytest.mark.slow
+def test_tatoeba_recipe_of_every_model(tmp_path: Path, stubs: dict[str, str]) -> None:
+    """From the zip file to one training a model, with its init type; the test set shares no English sentence."""
+    (tmp_path / "data").mkdir()
+    lines = [f"Sentence number {n}.\tSatz Nummer {n}, {k}.\tCC-BY" for n in range(200) for k in range(1 + n % 2)]
+    with zipfile.ZipFile(tmp_path / "data" / "deu-eng.zip", "w") as archive:
+        archive.writestr("deu.txt", "\n".join(lines) + "\n")
+    options = ["--data", tmp_path / "data", "--out", tmp_path / "out", "--workers", 1]
+    models = ["admin", "closed-form", "rezero", "rezero_postln", "looklinear", "deepnet", "subln", "b2t"]
+    for model in models:
+        result = bash(RECIPES[4], *options, "--model", model, env=stubs)
+        assert result.returncode == 0, result.stderr
+    types = [call[call.index("--init-type") + 1] for call in calls(tmp_path) if call[0] == "fairseq-train"]
+    assert types == ["adaptive-profiling", "adaptive", "adaptive-closed-form", *models[2:]]
+    train = next(call for call in calls(tmp_path) if call[0] == "fairseq-train")
+    assert {arg for arg in train[1:] if re.match(r"--?[a-z]", arg)} <= flags_of("fairseq-train")
+    text = tmp_path / "out" / "text"
+    parts = {part: (text / f"{part}.en").read_text().splitlines() for part in ("train", "valid", "test")}
+    assert {part: len(set(lines)) for part, lines in parts.items()} == {"train": 196, "valid": 2, "test": 2}
+    assert not set(parts["train"]) & set(parts["test"] + parts["valid"])
+    wrong = bash(RECIPES[4], *options, "--model", "nothing", env=stubs)
+    assert wrong.returncode == 2 and "--model nothing: unknown" in wrong.stderr

@@ -47,10 +47,12 @@ def encoder_output(model: Transformer, inputs: Mapping[str, Any]) -> Tensor:
     return normalized(model.encoder(src_tokens).x, src_tokens.ne(PADDING_IDX))
 
 
-def decoder_output(model: Transformer, inputs: Mapping[str, Any]) -> Tensor:
-    """Normalised features that the output projection sees: (positions, dim)."""
-    tokens = inputs["prev_output_tokens"]
-    return normalized(model.decoder(tokens, model.encoder(inputs["src_tokens"])), tokens.ne(PADDING_IDX))
+def all_outputs(model: Transformer, inputs: Mapping[str, Any]) -> Tensor:
+    """Normalised outputs of encoder and decoder, one after the other: (source + target positions, dim)."""
+    encoder_out = model.encoder(inputs["src_tokens"])
+    features = model.decoder(inputs["prev_output_tokens"], encoder_out)
+    real = [inputs[name].ne(PADDING_IDX) for name in ("src_tokens", "prev_output_tokens")]
+    return torch.cat([normalized(encoder_out.x, real[0]), normalized(features, real[1])])
 
 
 @contextmanager
