@@ -72,7 +72,8 @@ for layers in 6 18; do
     "Post-LN=$out/postln-$layers/checkpoint_last.pt:Pre-LN=$out/preln-$layers/checkpoint_last.pt:Admin=$out/admin-$layers/checkpoint_last.pt"
 done
 say "output change"
-fairseq-clinic stability "$out/data-bin" --cpu "${shape[@]}" --out-dir "$clinic" --seeds 1,2,3,4,5
+fairseq-clinic stability "$out/data-bin" --cpu "${shape[@]}" --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 \
+  --out-dir "$clinic" --seeds 1,2,3,4,5,6,7,8
 say "gradients"
 fairseq-clinic gradients "$out/data-bin" --cpu "${shape[@]}" --out-dir "$clinic" \
   --encoder-layers 18 --decoder-layers 18 --models post-ln,pre-ln,adaptive,deepnet

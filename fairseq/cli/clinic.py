@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from fairseq.cli import command
 from fairseq.clinic import check, dependency, figures, gradients, omega, report, stability
 from fairseq.clinic.results import load_results, save_result
-from fairseq.clinic.subjects import Subject, first_batch, label_of, load_subject, variant
+from fairseq.clinic.subjects import Subject, first_batch, label_of, load_subject, named_file, variant
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
@@ -59,21 +59,29 @@ def _subjects(args: Namespace, data: TranslationData, cfg: TransformerConfig) ->
     return [Subject(label_of(own), own, sizes) for own in variants]
 
 
-def _batches(args: Namespace, data: TranslationData, device: torch.device) -> dict[int, Batch]:
-    return {seed: first_batch(data, args.max_tokens, seed, device) for seed in args.seeds}
+def _batches(
+    args: Namespace, data: TranslationData, device: torch.device, configs: Iterable[TransformerConfig]
+) -> dict[int, Batch]:
+    """A batch a seed, of sentences that are not too long for any model of ``configs``."""
+    lengths = [(cfg.max_source_positions, cfg.max_target_positions) for cfg in configs]
+    longest = min(source for source, _ in lengths), min(target for _, target in lengths)
+    return {seed: first_batch(data, args.max_tokens, seed, device, longest) for seed in args.seeds}
 
 
 def _dependency(argv: list[str]) -> None:
     args = _parse("dependency", (*MEASURE, *CHECKPOINTS), argv)
     data, device = _open(args)
-    batches = _batches(args, data, device)
     if args.path:
-        subjects = [load_subject(path, device) for path in args.path.split(":")]
+        subjects = [load_subject(path, data, device) for path in args.path.split(":")]
     else:
         subjects = _subjects(args, data, section(TransformerConfig, args))
+    labels = [subject.label for subject in subjects]
+    if len(set(labels)) < len(labels):
+        raise FairseqError(f"two of the models are called the same ({', '.join(labels)}); name them: --path NAME=FILE")
+    batches = _batches(args, data, device, [subject.cfg for subject in subjects])
     entries = []
     for subject in subjects:
-        models = [subject.fresh(seed, batches[seed]["net_input"]) for seed in args.seeds]
+        models = [subject.fresh(seed, batch["net_input"]) for seed, batch in batches.items()]
         entries.append(_dependency_entry(subject, "at the start", models, batches))
         if subject.trained is not None:
             entries.append(_dependency_entry(subject, "trained", [subject.trained] * len(batches), batches))
@@ -104,8 +112,8 @@ def _stability(argv: list[str]) -> None:
     if len(set(args.depths)) < 3 or any(depth % 2 for depth in args.depths):
         raise FairseqError("--depths: give at least three even numbers, such as 6,12,24")
     data, device = _open(args)
-    batches = _batches(args, data, device)
     cfg = section(TransformerConfig, args)
+    batches = _batches(args, data, device, [cfg])
     cfg.decoder_layers = 1  # the encoder is measured; the gradient must come from somewhere
     results = []
     for name in args.models.split(","):
@@ -137,9 +145,10 @@ def _changes(
 def _gradients(argv: list[str]) -> None:
     args = _parse("gradients", MEASURE, argv)
     data, device = _open(args)
-    batches = _batches(args, data, device)
+    subjects = _subjects(args, data, section(TransformerConfig, args))
+    batches = _batches(args, data, device, [subject.cfg for subject in subjects])
     results = []
-    for subject in _subjects(args, data, section(TransformerConfig, args)):
+    for subject in subjects:
         runs = [
             gradients.gradient_norms(subject.fresh(seed, batch["net_input"]), batch) for seed, batch in batches.items()
         ]
@@ -157,7 +166,7 @@ def _omega(argv: list[str]) -> None:
     args.command = shlex.join(["fairseq-clinic", "omega", *argv])
     results = []
     for path in args.paths:
-        label, _, file = path.rpartition("=")
+        label, file = named_file(path)
         stacks = omega.read_omega(file)
         results.append({"label": label or Path(file).name} | {name: asdict(stack) for name, stack in stacks.items()})
         print(f"{file}\n{omega.table(stacks)}", flush=True)
@@ -170,7 +179,9 @@ def _check(argv: list[str]) -> None:
     cfg = section(TransformerConfig, args)
     if args.max_tokens is None:
         raise FairseqError("fairseq-clinic check needs --max-tokens, the size of a batch")
-    batch = first_batch(data, args.max_tokens, args.seed, torch.device("cpu"))
+    longest = args.max_source_positions, args.max_target_positions
+    multiple = args.required_batch_size_multiple
+    batch = first_batch(data, args.max_tokens, args.seed, torch.device("cpu"), longest, args.train_subset, multiple)
     diagnosis = check.diagnose(cfg, (len(data.src_dict), len(data.tgt_dict)), batch, args)
     print(check.as_text(diagnosis, args))
     sys.exit(0 if diagnosis.trains else 1)

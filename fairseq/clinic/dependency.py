@@ -67,9 +67,7 @@ class _Unrolling:
         """real: bool (batch, time), False on padding."""
         self.result = StackDependency([], [], [])
         self._real = real
-        self._parts: Stream = (
-            None  # contributions: (parts, batch, time, dim); the first is the bias, then j = 0, 1, ...
-        )
+        self._parts: Stream = None  # contributions: (parts, batch, time, dim): the bias, then j = 0, 1, ...
         self._branch: Tensor | None = None  # output of the running sub-layer
         self._std: dict[nn.Module, Tensor] = {}  # of every position of a LayerNorm's input
         self._mode = ""  # LayerNorms note that std, or are "linear" or "affine" (with their bias) with it fixed
@@ -104,8 +102,10 @@ class _Unrolling:
         if not self._mode:
             self._std[norm] = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
             return output
-        scaled = norm.weight * centred / self._std[norm]
-        return scaled + norm.bias if self._mode == "affine" else scaled
+        scaled = centred / self._std[norm]
+        if norm.weight is not None:
+            scaled = norm.weight * scaled
+        return scaled + norm.bias if self._mode == "affine" and norm.bias is not None else scaled
 
     def _after(self, residual: nn.Module, args: tuple[Any, ...], output: Stream) -> None:
         branch, parts = self._branch, self._parts

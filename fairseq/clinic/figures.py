@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, with a marker each so that nothing depends on colour alone
@@ -99,7 +98,8 @@ def stability(models: Sequence[dict[str, Any]]) -> Figure:
             ax.plot(n, np.where(curve > 0, curve, np.nan), color=colour, linewidth=1.5, alpha=0.7)
         ax.set(title=title, xlabel="sub-layers N", yscale="log", ylabel="output change")
         ax.grid(alpha=0.25)
-        ax.legend(frameon=False, fontsize=FONT_SIZE - 1, loc="center right", bbox_to_anchor=(0.95, 0.5))
+        ax.set_ylim(top=ax.get_ylim()[1] * 10)  # room for the legend
+        ax.legend(frameon=False, fontsize=FONT_SIZE - 1, loc="upper left")
     return figure
 
 
@@ -148,27 +148,28 @@ def _gradient_legend(figure: Figure, models: Sequence[dict[str, Any]]) -> None:
 
 
 def omega(models: Sequence[dict[str, Any]]) -> Figure:
-    """omega by sub-layer: a dashed line for the start, a line for the trained mean, a band for its spread.
+    """omega by sub-layer, and below, where both are known, how far training has moved it: mean and spread.
 
     models: dicts with label, encoder and decoder, those as in ``omega.StackOmega``.
     """
-    figure, axes = _subplots(1, 2, 10.0, 4.0, sharey=True)
-    for ax, stack in zip(axes[0], ("encoder", "decoder"), strict=True):
+    moved = any(model["encoder"]["start"] and model["encoder"]["mean"] for model in models)
+    figure, axes = _subplots(1 + moved, 2, 10.0, 3.4 * (1 + moved), sharey="row", sharex="col")
+    for column, stack in enumerate(("encoder", "decoder")):
         for model, colour, marker in zip(models, COLOURS[1:], MARKERS, strict=False):
-            _omega_lines(ax, model[stack], model["label"], colour, marker)
-        ax.set(title=stack, xlabel="sub-layer")
+            own, style = model[stack], {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.5}
+            first = own["start"] if own["mean"] is None else own["mean"]
+            places = np.arange(1, len(first) + 1)
+            axes[0, column].plot(places, first, label=model["label"], **style)
+            if own["start"] and own["mean"]:
+                change, std = np.array(own["mean"]) - own["start"], np.array(own["std"])
+                axes[1, column].plot(places, change, **style)
+                axes[1, column].fill_between(places, change - std, change + std, color=colour, alpha=0.25, linewidth=0)
+        axes[0, column].set_title(stack)
+        axes[-1, column].set_xlabel("sub-layer")
+    for ax in axes.flat:
         ax.grid(alpha=0.25)
-        ax.legend(frameon=False, fontsize=FONT_SIZE - 1)
-    axes[0, 0].set_ylabel(r"$\omega$")
+    axes[0, 0].set_ylabel(r"$\omega$ (mean)")
+    if moved:
+        axes[1, 0].set_ylabel(r"$\omega$, trained $-$ start" + "\n(band: standard deviation)")
+    axes[0, 0].legend(frameon=False, fontsize=FONT_SIZE - 1)
     return figure
-
-
-def _omega_lines(ax: Axes, stack: dict[str, Any], label: str, colour: str, marker: str) -> None:
-    if stack["start"] is not None:
-        places = np.arange(1, len(stack["start"]) + 1)
-        ax.plot(places, stack["start"], "--", color=colour, linewidth=1.5, label=f"{label}, at the start")
-    if stack["mean"] is not None:
-        mean, std = np.array(stack["mean"]), np.array(stack["std"])
-        places = np.arange(1, len(mean) + 1)
-        ax.plot(places, mean, marker=marker, markersize=3.5, color=colour, linewidth=1.5, label=f"{label}, trained")
-        ax.fill_between(places, mean - std, mean + std, color=colour, alpha=0.25, linewidth=0)

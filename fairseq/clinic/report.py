@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fairseq.errors import FairseqError
+
 TITLES = {
     "dependency": "Layer dependency",
     "stability": "Output change",
@@ -21,8 +23,8 @@ EXPLANATIONS = {
     "stability": "How far the encoder's output moves when its weights do, against the number of sub-layers. The faster "
     "it grows, the rougher the loss surface of a deep model: the amplification effect.",
     "gradients": "Norm of the loss's gradient for every sub-layer at the start of training.",
-    "omega": "The scale of each sub-layer's shortcut: the value training started from, and mean and standard deviation "
-    "of the vector it became.",
+    "omega": "The scale of each sub-layer's shortcut: mean over the vector, and how far training has moved it from the "
+    "value that it started from.",
 }
 STYLE = """
 :root { color-scheme: light dark; }
@@ -61,7 +63,10 @@ def _section(name: str, result: dict[str, Any], picture: Path) -> str:
     if picture.is_file():
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(f'<img src="data:image/png;base64,{data}" alt="{_title(name, result)}">')
-    parts.append(f'<div class="wide">{TABLES[kind](result["data"])}</div>')
+    try:
+        parts.append(f'<div class="wide">{TABLES[kind](result["data"])}</div>')
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise FairseqError(f"{picture.with_suffix('.json')}: a damaged result; measure it again or remove it") from None
     made = f"PyTorch {escape(str(result.get('torch')))}, {escape(str(result.get('machine')))}"
     parts.append(f'<p class="note"><code>{escape(str(result.get("command")))}</code><br>{made}</p>\n</section>')
     return "\n".join(parts)

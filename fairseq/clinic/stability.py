@@ -23,7 +23,7 @@ from fairseq.data.translation import Batch
 from fairseq.models.transformer import PADDING_IDX, Transformer
 
 NOISE = 0.01  # standard deviation of a random perturbation, as a share of the Xavier initialisation's
-STEP = 1e-3  # learning rate of the gradient step (SGD, loss in nats a target token)
+STEP = 1e-4  # learning rate of the gradient step (SGD, loss in nats a target token)
 LABEL_SMOOTHING = 0.1
 
 
@@ -59,10 +59,10 @@ def all_outputs(model: Transformer, inputs: Mapping[str, Any]) -> Tensor:
 def moved(parameters: Sequence[Tensor], by: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Add ``by(p)`` to every parameter, and put all back at the end, to the bit."""
     before = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        for p in parameters:
-            p += by(p)
     try:
+        with torch.no_grad():
+            for p in parameters:
+                p += by(p)
         yield
     finally:
         with torch.no_grad():
@@ -109,14 +109,14 @@ def gradient_change(
 class Fit:
     """Least squares of ``a + b * g(N)`` with g(N) = N ("linear") and ln N ("logarithmic"): (a, b) and R^2 of each.
 
-    exponent: b of ``value = a * N^b``.
+    exponent: b of ``value = a * N^b``; None if a value is 0.
     """
 
     linear: tuple[float, float]
     linear_r2: float
     logarithmic: tuple[float, float]
     logarithmic_r2: float
-    exponent: float
+    exponent: float | None
 
     @property
     def growth(self) -> str:
@@ -135,8 +135,7 @@ def fit_growth(depths: Sequence[int], values: Sequence[float]) -> Fit:
         return (float(offset), float(slope)), float(1 - rest / spread) if spread > 0 else 1.0
 
     (linear, linear_r2), (logarithmic, logarithmic_r2) = line(n, y), line(np.log(n), y)
-    positive = bool((y > 0).all())
-    exponent = float(np.polyfit(np.log(n), np.log(y), 1)[0]) if positive else math.nan
+    exponent = float(np.polyfit(np.log(n), np.log(y), 1)[0]) if (y > 0).all() else None
     return Fit(linear, linear_r2, logarithmic, logarithmic_r2, exponent)
 
 

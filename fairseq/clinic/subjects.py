@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ from torch import Tensor, nn
 
 from fairseq import admin
 from fairseq.admin.residual import MEASURED_TYPES, PROFILING
-from fairseq.checkpoint import build_from_checkpoint, load_checkpoint, model_config
+from fairseq.checkpoint import (
+    build_from_checkpoint,
+    check_dictionaries,
+    check_languages,
+    load_checkpoint,
+    model_config,
+)
 from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
@@ -90,26 +97,48 @@ def fresh_model(
     return model.double().eval()
 
 
-def load_subject(path: str, device: torch.device) -> Subject:
-    """A checkpoint, given as ``FILE`` or ``LABEL=FILE``. Raises FairseqError when it cannot be read."""
-    label, _, file = path.rpartition("=")
+def named_file(text: str) -> tuple[str, str]:
+    """(label, file) of ``LABEL=FILE``, or of a ``FILE``, whose label is empty and whose path may have a = in it."""
+    label, equals, file = text.partition("=")
+    return (label, file) if equals and not Path(text).exists() else ("", text)
+
+
+def load_subject(path: str, data: TranslationData, device: torch.device) -> Subject:
+    """A checkpoint, given as ``FILE`` or ``LABEL=FILE``.
+
+    Raises FairseqError when it cannot be read, or was trained with other dictionaries than those of ``data``.
+    """
+    label, file = named_file(path)
     state = load_checkpoint(file)
     trained = build_from_checkpoint(state, file).to(device).double()
+    languages = (data.source_lang, data.src_dict), (data.target_lang, data.tgt_dict)
+    check_languages(state["args"], data.source_lang, data.target_lang, file)
+    check_dictionaries(trained, file, data.config.data.split(":")[0], *languages)
     cfg = model_config(state["args"], from_fairseq(state["model"]))
     sizes = (trained.encoder.embed_tokens.num_embeddings, trained.decoder.embed_tokens.num_embeddings)
     start = admin.OmegaProfile.from_dict((state.get("extra_state") or {}).get("omega"))
     return Subject(label or label_of(cfg), cfg, sizes, trained, start)
 
 
-def first_batch(data: TranslationData, max_tokens: int, seed: int, device: torch.device) -> Batch:
-    """The first training batch of epoch 1, as training with ``--seed`` and ``--max-tokens`` would see it."""
-    config = data.config
+def first_batch(
+    data: TranslationData,
+    max_tokens: int,
+    seed: int,
+    device: torch.device,
+    max_positions: tuple[int, int],
+    subset: str = "train",
+    required_batch_size_multiple: int = 8,
+) -> Batch:
+    """The first training batch of epoch 1, as training with ``--seed`` and ``--max-tokens`` would see it.
+
+    max_positions: (source, target); longer sentences are left out.
+    """
     itr = EpochBatchIterator(
-        lambda epoch: data.load("train", epoch),
+        lambda epoch: data.load(subset, epoch),
         max_tokens=max_tokens,
-        max_sentences=config.batch_size,
-        required_batch_size_multiple=8,
-        max_positions=(config.max_source_positions, config.max_source_positions),
+        max_sentences=data.config.batch_size,
+        required_batch_size_multiple=required_batch_size_multiple,
+        max_positions=max_positions,
         seed=seed,
     )
     from fairseq.training.trainer import to_device
