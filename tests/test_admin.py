@@ -16,10 +16,9 @@ from fairseq import admin
 from fairseq.admin.residual import AdminResidual
 from fairseq.criterions.cross_entropy import smoothed_nll
 from fairseq.errors import FairseqError
-from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import from_fairseq
-from fairseq.models.transformer import Transformer
 from tests.test_transformer import some_batch, tiny
+from tests.toys import original_admin_model
 
 
 def batch_of(model_seed: int = 0) -> dict[str, torch.Tensor]:
@@ -155,16 +154,8 @@ def test_a_model_without_omega_has_no_profile():
 def test_reference_omega_loss_logits_and_gradients(shared):
     """A freshly initialised model of the original Admin code: omega, and what the model computes with it."""
     data = np.load(shared / "reference" / "admin_3x2_init.npz")
-    cfg = TransformerConfig(
-        encoder_layers=3, decoder_layers=2, encoder_embed_dim=64, encoder_ffn_embed_dim=128, encoder_attention_heads=4,
-        decoder_attention_heads=4, share_all_embeddings=True, dropout=0.0, init_type="adaptive",
-    )  # fmt: skip
-    model = Transformer(cfg, 9712, 9712)
-    group = {
-        kind: {k.split("/", 1)[1]: data[k] for k in data.files if k.startswith(kind)} for kind in ("param", "batch")
-    }
-    model.load_state_dict(from_fairseq({name: torch.tensor(value) for name, value in group["param"].items()}))
-    batch = {name: torch.tensor(value) for name, value in group["batch"].items()}
+    model = original_admin_model(data)
+    batch = {key.removeprefix("batch/"): torch.tensor(data[key]) for key in data.files if key.startswith("batch/")}
     profile = admin.profile(model, batch)
     np.testing.assert_allclose(profile.encoder, data["omega/encoder"], rtol=1e-5)
     np.testing.assert_allclose(profile.decoder, data["omega/decoder"], rtol=1e-5)

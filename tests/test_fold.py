@@ -17,8 +17,8 @@ from fairseq.admin.residual import AdminResidual, PostLN
 from fairseq.checkpoint import load_model
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
-from fairseq.models.state_dict import from_fairseq
 from fairseq.models.transformer import Transformer
+from tests.toys import original_admin_model
 from tests.training_runs import train
 
 VOCAB = 23
@@ -136,13 +136,7 @@ def test_same_outputs(settings, layers):
 def test_the_original_models_logits(shared):
     """A model of the original Admin code, its omega as profiled, and the logits that it computed."""
     data = np.load(shared / "reference" / "admin_3x2_init.npz")
-    cfg = TransformerConfig(
-        encoder_layers=3, decoder_layers=2, encoder_embed_dim=64, encoder_ffn_embed_dim=128, encoder_attention_heads=4,
-        decoder_attention_heads=4, share_all_embeddings=True, dropout=0.0, init_type="adaptive",
-    )  # fmt: skip
-    model = Transformer(cfg, 9712, 9712)
-    parameters = {k.removeprefix("param/"): torch.tensor(data[k]) for k in data.files if k.startswith("param/")}
-    model.load_state_dict(from_fairseq(parameters))
+    model = original_admin_model(data)
     admin.apply_profile(model, admin.OmegaProfile(data["omega/encoder"].tolist(), data["omega/decoder"].tolist()))
     plain = admin.fold(model)
     src, prev = (torch.tensor(data[f"batch/{name}"]) for name in ("src_tokens", "prev_output_tokens"))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from fairseq.data.batching import EpochBatchIterator
-from fairseq.data.translation import TranslationData
 from fairseq.errors import FairseqError
-from fairseq.options import DataConfig, parse_train_args, section
 from fairseq.training.distributed import World
 from fairseq.training.precision import DynamicLossScaler
-from fairseq.training.train import build_model
-from fairseq.training.trainer import Trainer
-from tests.training_runs import SGD, assert_fails, assert_same, command_line, last, train, updates
+from tests.training_runs import (
+    SGD,
+    assert_fails,
+    assert_same,
+    command_line,
+    last,
+    train,
+    trainer_and_batches,
+    updates,
+)
 
 CPU = World(0, 1, torch.device("cpu"))
 
@@ -35,23 +37,8 @@ def test_fp16_on_the_cpu_is_refused(toy_databin, tmp_path, capsys):
         assert_fails(capsys, 1, "--fp16 needs a GPU", *[flag for flag in argv if flag != "--cpu"])
 
 
-def fp16_trainer(databin: Path, *flags: object) -> tuple[Trainer, EpochBatchIterator]:
-    """A trainer that computes in float16, which the command line leaves to GPUs but works on the CPU."""
-    args = parse_train_args(command_line(databin, Path("unused"), *flags))
-    args.fp16 = True
-    data = TranslationData.open(section(DataConfig, args))
-    itr = EpochBatchIterator(
-        lambda epoch: data.load("train", epoch),
-        max_tokens=400,
-        max_sentences=None,
-        max_positions=(1024, 1024),
-        seed=1,
-    )
-    return Trainer(args, build_model(args, len(data.src_dict), len(data.tgt_dict)), CPU), itr
-
-
 def test_fp16_overflow_skips_the_update_and_lowers_the_scale(toy_databin):
-    trainer, itr = fp16_trainer(toy_databin, *SGD, "--fp16-init-scale", 2**30)
+    trainer, itr = trainer_and_batches(toy_databin, *SGD, "--fp16-init-scale", 2**30, fp16=True)
     before = [p.clone() for p in trainer.parameters]
     batches = itr.updates(1)
     first = next(batches)
@@ -63,21 +50,23 @@ def test_fp16_overflow_skips_the_update_and_lowers_the_scale(toy_databin):
     assert_same(before, trainer.parameters)
     while not trainer.train_step(first):
         assert trainer.scaler.scale >= 2**5
-    plain, _ = fp16_trainer(toy_databin, *SGD, "--fp16-init-scale", 1)
+    plain, _ = trainer_and_batches(toy_databin, *SGD, "--fp16-init-scale", 1, fp16=True)
     plain.train_step(first)
     assert_same(plain.parameters, trainer.parameters, atol=1e-4)  # the scale leaves no trace in the update
     stats, expected = trainer.take_stats(), plain.take_stats()
     assert stats["gnorm"] == pytest.approx(expected["gnorm"], rel=1e-2)
     assert stats["loss"] == pytest.approx(expected["loss"])
     # the scaler's state goes with the optimiser's
-    other, _ = fp16_trainer(toy_databin, *SGD)
+    other, _ = trainer_and_batches(toy_databin, *SGD, fp16=True)
     other.load_optimizer_state(trainer.optimizer_state())
     assert other.scaler is not None
     assert other.scaler.state_dict() == trainer.scaler.state_dict()
 
 
 def test_fp16_without_a_way_down_ends(toy_databin):
-    trainer, itr = fp16_trainer(toy_databin, *SGD, "--fp16-init-scale", 2**30, "--min-loss-scale", 2**29)
+    trainer, itr = trainer_and_batches(
+        toy_databin, *SGD, "--fp16-init-scale", 2**30, "--min-loss-scale", 2**29, fp16=True
+    )
     batch = next(itr.updates(1))
     assert not trainer.train_step(batch)
     with pytest.raises(FairseqError, match="--min-loss-scale"):

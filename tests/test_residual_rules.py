@@ -15,22 +15,18 @@ from torch import Tensor, nn
 from fairseq.checkpoint import load_model
 from fairseq.cli import generate
 from fairseq.criterions.cross_entropy import smoothed_nll
-from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.translation import TranslationData
 from fairseq.errors import FairseqError
 from fairseq.models.transformer import Transformer
 from fairseq.options import DataConfig, parse_train_args, section
 from fairseq.training.distributed import World, launch
-from fairseq.training.train import build_model
 from fairseq.training.train import train as train_in_process
-from fairseq.training.trainer import Trainer
 from tests import reference_transformer as reference
 from tests.test_transformer import tiny
 from tests.toys import write_toy_checkpoint
-from tests.training_runs import SGD, assert_fails, assert_same, command_line, last, train, updates
+from tests.training_runs import SGD, assert_fails, assert_same, command_line, last, train, trainer_and_batches, updates
 
 PAD = 1
-CPU = World(0, 1, torch.device("cpu"))
 N, M = 2, 3  # encoder and decoder layers
 Settings = dict[str, Any]
 
@@ -128,19 +124,6 @@ def test_step_by_step(settings, shape):
         cache = model.decoder.new_cache(model.encoder(src), beam=2)
         steps = [model.decoder.step(tokens, cache)[0] for tokens in prev.T]
     assert_near({"logits": torch.stack(steps, 1)}, {"logits": expected}, 1e-5)
-
-
-def trainer_and_batches(databin: Path, *flags: object) -> tuple[Trainer, EpochBatchIterator]:
-    args = parse_train_args(command_line(databin, Path("unused"), *flags))
-    data = TranslationData.open(section(DataConfig, args))
-    itr = EpochBatchIterator(
-        lambda epoch: data.load("train", epoch),
-        max_tokens=400,
-        max_sentences=None,
-        max_positions=(1024, 1024),
-        seed=1,
-    )
-    return Trainer(args, build_model(args, len(data.src_dict), len(data.tgt_dict)), CPU), itr
 
 
 def command_flags(settings: Settings) -> list[object]:

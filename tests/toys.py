@@ -1,8 +1,9 @@
-"""Small random models and data for tests of generation."""
+"""Small models and data for tests."""
 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import IndexedDatasetWriter
 from fairseq.models.config import TransformerConfig
-from fairseq.models.state_dict import to_fairseq
+from fairseq.models.state_dict import from_fairseq, to_fairseq
 from fairseq.models.transformer import Transformer
 
 WORDS = "abcdefghijkl"
@@ -70,3 +71,15 @@ def write_toy_checkpoint(model: Transformer, path: Path) -> Path:
     parameters = {name: tensor.float() for name, tensor in to_fairseq(model.state_dict()).items()}
     torch.save({"args": args, "model": parameters, "optimizer_history": [], "extra_state": {}}, path)
     return path
+
+
+def original_admin_model(data: Mapping[str, np.ndarray]) -> Transformer:
+    """The freshly initialised model of the original Admin code in ``admin_3x2_init.npz``, omega all 1."""
+    cfg = TransformerConfig(
+        encoder_layers=3, decoder_layers=2, encoder_embed_dim=64, encoder_ffn_embed_dim=128, encoder_attention_heads=4,
+        decoder_attention_heads=4, share_all_embeddings=True, dropout=0.0, init_type="adaptive",
+    )  # fmt: skip
+    model = Transformer(cfg, 9712, 9712)
+    parameters = {key.removeprefix("param/"): torch.tensor(data[key]) for key in data if key.startswith("param/")}
+    model.load_state_dict(from_fairseq(parameters))
+    return model

@@ -21,8 +21,14 @@ import torch
 
 from fairseq.cli import Main
 from fairseq.cli.train import main
+from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import IndexedDatasetWriter
+from fairseq.data.translation import TranslationData
+from fairseq.options import DataConfig, parse_train_args, section
+from fairseq.training.distributed import World
+from fairseq.training.train import build_model
+from fairseq.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = shlex.split(
@@ -51,6 +57,22 @@ def train(databin: Path | str, directory: Path, *flags: object) -> list[dict[str
     skip = len(logged(directory))
     main(command_line(databin, directory, *flags))
     return logged(directory)[skip:]
+
+
+def trainer_and_batches(databin: Path, *flags: object, fp16: bool = False) -> tuple[Trainer, EpochBatchIterator]:
+    """What a training command would train, and on what. fp16: which the command line leaves to GPUs."""
+    args = parse_train_args(command_line(databin, Path("unused"), *flags))
+    args.fp16 = fp16
+    data = TranslationData.open(section(DataConfig, args))
+    itr = EpochBatchIterator(
+        lambda epoch: data.load("train", epoch),
+        max_tokens=400,
+        max_sentences=None,
+        max_positions=(1024, 1024),
+        seed=1,
+    )
+    world = World(0, 1, torch.device("cpu"))
+    return Trainer(args, build_model(args, len(data.src_dict), len(data.tgt_dict)), world), itr
 
 
 def start(

@@ -32,7 +32,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto
 h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; margin-top: 3rem; border-bottom: 1px solid #8886; }
 img { max-width: 100%; background: white; border-radius: 4px; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid #8884; }
+th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 code { font-size: 0.85rem; overflow-wrap: anywhere; } .note { color: #888; font-size: 0.85rem; }
 .wide { overflow-x: auto; }
