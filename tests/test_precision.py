@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fairseq.errors import FairseqError
-from fairseq.training.distributed import World
 from fairseq.training.precision import DynamicLossScaler
 from tests.training_runs import (
     SGD,
@@ -18,8 +17,6 @@ from tests.training_runs import (
     trainer_and_batches,
     updates,
 )
-
-CPU = World(0, 1, torch.device("cpu"))
 
 
 def test_bf16_trains_near_float32(toy_databin, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,16 +21,18 @@ SHOWN_RANGE = (3e-3, 1.0)  # of beta^2 in heat maps
 
 
 def _subplots(rows: int, columns: int, width: float, height: float, **settings: Any) -> tuple[Figure, np.ndarray]:
-    import matplotlib
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # not by way of pyplot, which would keep it
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context({"font.size": FONT_SIZE, "axes.titlesize": FONT_SIZE}):
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **settings
-        )
+    with rc_context({"font.size": FONT_SIZE, "axes.titlesize": FONT_SIZE}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, **settings)
     return figure, axes
+
+
+def _literally(label: str) -> str:
+    """A user's label, in which a dollar does not begin a formula."""
+    return label.replace("$", r"\$")
 
 
 def dependency(entries: Sequence[dict[str, Any]], stack: str) -> Figure:
@@ -61,7 +64,7 @@ def dependency(entries: Sequence[dict[str, Any]], stack: str) -> Figure:
             extent=(-0.5, size + 0.5, size + 0.5, 0.5),
             interpolation="nearest",
         )
-        ax.set_title(f"{entry['label']}, {entry['stage']}")
+        ax.set_title(f"{_literally(entry['label'])}, {entry['stage']}")
         ax.set_xlabel("branch j (0: embedding)")
         ax.set_ylabel("sub-layer i")
     figure.suptitle(f"{stack}: share of branch j in the output of sub-layer i", fontsize=FONT_SIZE + 1)
@@ -82,7 +85,7 @@ def stability(models: Sequence[dict[str, Any]]) -> Figure:
         ("step", r"gradient step: $|F(x,W)-F(x,W^*)|$"),
     )
     for ax, (kind, title) in zip(axes[0], panels, strict=True):
-        for model, colour, marker in zip(models, COLOURS, MARKERS, strict=False):
+        for model, colour, marker in zip(models, cycle(COLOURS), cycle(MARKERS), strict=False):
             depths, means = np.array(model["depths"]), np.array(model[f"{kind}_mean"])
             if not (means > 0).all():
                 continue  # ReZero starts as the identity: nothing moves, and 0 has no place on a logarithmic axis
@@ -99,14 +102,15 @@ def stability(models: Sequence[dict[str, Any]]) -> Figure:
         ax.set(title=title, xlabel="sub-layers N", yscale="log", ylabel="output change")
         ax.grid(alpha=0.25)
         ax.set_ylim(top=ax.get_ylim()[1] * 10)  # room for the legend
-        ax.legend(frameon=False, fontsize=FONT_SIZE - 1, loc="upper left")
+        if ax.lines:
+            ax.legend(frameon=False, fontsize=FONT_SIZE - 1, loc="upper left")
     return figure
 
 
 def _fitted(model: dict[str, Any], kind: str) -> str:
     fit = model["fits"][kind]
     growth = "a + b N" if fit["growth"] == "linear" else "a + b log N"
-    return f"{model['label']}: {growth}, $R^2$ {max(fit['linear_r2'], fit['logarithmic_r2']):.2f}"
+    return f"{_literally(model['label'])}: {growth}, $R^2$ {max(fit['linear_r2'], fit['logarithmic_r2']):.2f}"
 
 
 def gradients(models: Sequence[dict[str, Any]]) -> Figure:
@@ -118,7 +122,7 @@ def gradients(models: Sequence[dict[str, Any]]) -> Figure:
     for row, (what, title) in enumerate((("parameters", "parameters"), ("output", "output"))):
         for column, stack in enumerate(("encoder", "decoder")):
             ax = axes[row, column]
-            for model, colour in zip(models, COLOURS, strict=False):
+            for model, colour in zip(models, cycle(COLOURS), strict=False):
                 norms, kinds = model[stack][what], model[stack]["kind"]
                 places = np.arange(1, len(norms) + 1)
                 ax.plot(places, norms, color=colour, linewidth=1, alpha=0.6)
@@ -138,7 +142,8 @@ def _gradient_legend(figure: Figure, models: Sequence[dict[str, Any]]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=colour, label=model["label"]) for model, colour in zip(models, COLOURS, strict=False)
+        Line2D([], [], color=colour, label=_literally(model["label"]))
+        for model, colour in zip(models, cycle(COLOURS), strict=False)
     ]
     handles += [
         Line2D([], [], color="black", linestyle="", marker=marker, markersize=4, label=KIND_NAMES[kind])
@@ -155,11 +160,11 @@ def omega(models: Sequence[dict[str, Any]]) -> Figure:
     moved = any(model["encoder"]["start"] and model["encoder"]["mean"] for model in models)
     figure, axes = _subplots(1 + moved, 2, 10.0, 3.4 * (1 + moved), sharey="row", sharex="col")
     for column, stack in enumerate(("encoder", "decoder")):
-        for model, colour, marker in zip(models, COLOURS[1:], MARKERS, strict=False):
+        for model, colour, marker in zip(models, cycle(COLOURS[1:]), cycle(MARKERS), strict=False):
             own, style = model[stack], {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.5}
             first = own["start"] if own["mean"] is None else own["mean"]
             places = np.arange(1, len(first) + 1)
-            axes[0, column].plot(places, first, label=model["label"], **style)
+            axes[0, column].plot(places, first, label=_literally(model["label"]), **style)
             if own["start"] and own["mean"]:
                 change, std = np.array(own["mean"]) - own["start"], np.array(own["std"])
                 axes[1, column].plot(places, change, **style)
