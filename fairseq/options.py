@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fairseq import __version__
@@ -334,8 +335,10 @@ class ClinicDataConfig:
 class ClinicConfig:
     """What the clinic measures and where it writes."""
 
-    models: str = flag(
-        "post-ln,pre-ln,adaptive", "models at the start of training: post-ln, pre-ln and init types", metavar="NAMES"
+    models: str | None = flag(
+        None,
+        "models at the start of training: post-ln, pre-ln and init types (default: post-ln,pre-ln,adaptive)",
+        metavar="NAMES",
     )
     seeds: list[int] = flag([1, 2, 3], "seeds of the models, which results are averaged over", least=0, below=2**63)
     out_dir: str = flag("clinic", "directory of results: JSON and PNG", metavar="DIR")
@@ -359,7 +362,7 @@ class ClinicCheckpointConfig:
 
     path: str | None = flag(
         None,
-        "measure these checkpoints, as trained and as they started; --models alone otherwise",
+        "measure these checkpoints, as they started and as they are, instead of --models",
         metavar="[NAME=]FILE[:...]",
     )
 
@@ -393,9 +396,6 @@ class PreprocessConfig:
     workers: int = flag(1, "processes")
     dataset_impl: str = flag("mmap", "format of the data", choices=("mmap",))
 
-
-# the clinic's --models say these
-_NOT_OF_AN_ARCHITECTURE = {"encoder_normalize_before", "decoder_normalize_before"}
 
 COMPONENTS: tuple[tuple[str, Registry[Any], str], ...] = (
     ("criterion", CRITERIONS, "criterion"),
@@ -471,13 +471,22 @@ def _load_user_dir(argv: list[str] | None) -> None:
 def parse_clinic_args(
     prog: str, description: str, sections: tuple[tuple[type, str], ...], argv: list[str] | None
 ) -> argparse.Namespace:
-    """Parse a command that takes an architecture; see ``parse_args``."""
+    """Parse a command that measures models of an architecture, or checkpoints; see ``parse_args``."""
     from fairseq.models.config import TransformerConfig, resolve_architecture
 
     _load_user_dir(argv)
     parser = make_parser(prog, description, sections)
-    add_flags(parser, TransformerConfig, "architecture", suppress_defaults=True, skip=_NOT_OF_AN_ARCHITECTURE)
+    said_otherwise = {"encoder_normalize_before", "decoder_normalize_before"}  # by --models
+    if (ClinicDepthConfig, "depth") in sections:
+        said_otherwise |= {"encoder_layers", "decoder_layers"}
+    shape = add_flags(parser, TransformerConfig, "architecture", suppress_defaults=True, skip=said_otherwise)
     args = parser.parse_args(argv)
+    given = [name for name in ("models", *sorted(shape)) if getattr(args, name, None) is not None]
+    if getattr(args, "path", None) and given:
+        parser.error(f"--{given[0].replace('_', '-')} does nothing with --path: checkpoints say what they are")
+    if Path(args.name or "").name != (args.name or ""):
+        parser.error(f"--name {args.name}: a name, not a path; directories are --out-dir's")
+    args.models = args.models or "post-ln,pre-ln,adaptive"
     vars(args).update(resolve_architecture(args.arch, vars(args)))
     return args
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import shlex
 import warnings
 from html.parser import HTMLParser
@@ -24,19 +25,19 @@ from tests.test_transformer import tiny
 from tests.toys import write_toy_checkpoint
 from tests.training_runs import assert_fails, command_line, last, train
 
-SMALL = shlex.split(
-    """
-    --encoder-layers 2 --encoder-embed-dim 16 --encoder-ffn-embed-dim 24 --encoder-attention-heads 2
-    --decoder-layers 2 --decoder-attention-heads 2 --cpu
-    """
+NARROW = shlex.split(
+    "--encoder-embed-dim 16 --encoder-ffn-embed-dim 24 --encoder-attention-heads 2 --decoder-attention-heads 2"
 )
+SMALL = ["--encoder-layers", "2", "--decoder-layers", "2", *NARROW]
 OMEGA = admin.OmegaProfile([1.0, 1.25], [1.0, 1.5, 1.75])  # of a 1L-1L model
 AWKWARD = "a<b>&\"c' $d_$"
 
 
 def measure(command: str, databin: Path, out: Path, *flags: object) -> dict[str, Any]:
     """Run a command on small models; returns the data of the results that it wrote, by name."""
-    clinic.main([command, str(databin), *SMALL, "--max-tokens", "128", "--out-dir", str(out), *map(str, flags)])
+    shape = [] if "--path" in flags else NARROW if command == "stability" else SMALL
+    usual = ["--cpu", "--max-tokens", "128", "--out-dir", str(out)]
+    clinic.main([command, str(databin), *shape, *usual, *map(str, flags)])
     return results(out)
 
 
@@ -137,6 +138,13 @@ def test_gradients(toy_databin, tmp_path):
     assert_picture(tmp_path / "gradients.png")
 
 
+def test_gradients_of_a_checkpoint(toy_databin, tmp_path, adaptive_run):
+    data = measure("gradients", toy_databin, tmp_path, "--seeds", "1", "--path", adaptive_run / "checkpoint_last.pt")
+    start, trained = data["gradients"]["models"]
+    assert (start["label"], trained["label"]) == ("Admin, at the start", "Admin, trained")
+    assert start["encoder"]["parameters"] != trained["encoder"]["parameters"]
+
+
 def test_omega(tmp_path, adaptive_run, capsys):
     checkpoint = adaptive_run / "checkpoint_last.pt"
     clinic.main(["omega", f"trained={checkpoint}", str(adaptive_run / "omega"), "--out-dir", str(tmp_path)])
@@ -179,7 +187,8 @@ def test_check_of_a_shallow_model(toy_databin, capsys):
     model = Transformer(TransformerConfig(**shape, encoder_attention_heads=2, decoder_attention_heads=2), 32, 32)
     assert (status, lines[-1]) == (0, "verdict: fine")
     assert lines[0] == f"model: Post-LN, 2L-2L, {sum(p.numel() for p in model.parameters()):,} parameters"
-    assert "64 tokens" in lines[1]
+    tokens = int(re.search(r"the first batch, (\d+) target tokens", lines[1])[1])  # type: ignore[index]
+    assert 32 < tokens <= 64
 
 
 @pytest.mark.slow
@@ -303,6 +312,10 @@ def test_help(capsys, command):
         (2, "--depths", "stability BIN --depths 0,2,4"),
         (2, "--depths", "gradients BIN --depths 2,4,6"),
         (2, "--path", "stability BIN --path x.pt"),
+        (2, "--encoder-layers", "stability BIN --encoder-layers 3"),
+        (2, "--models does nothing with --path", "dependency BIN --path x.pt --models post-ln"),
+        (2, "--dropout does nothing with --path", "gradients BIN --path x.pt --dropout 0.1"),
+        (2, "--name a/b: a name", "gradients BIN --name a/b"),
         (1, "--depths", "stability BIN --depths 6,7,12"),
         (1, "--depths", "stability BIN --depths 6,12,12"),
         (1, "unknown model 'nope'", "dependency BIN --models post-ln,nope"),

@@ -5,19 +5,19 @@ from __future__ import annotations
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fairseq.cli import command
-from fairseq.clinic import check, dependency, figures, gradients, omega, report, stability
+from fairseq.clinic import check, figures, gradients, omega, report, stability
+from fairseq.clinic.measure import batches_of, measure_dependency, measure_gradients, measure_stability
 from fairseq.clinic.results import load_results, save_result
 from fairseq.clinic.subjects import Subject, first_batch, label_of, load_subject, named_file, variant
-from fairseq.data.translation import Batch, TranslationData
+from fairseq.data.translation import TranslationData
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
 from fairseq.options import (
@@ -52,44 +52,35 @@ def _open(args: Namespace) -> tuple[TranslationData, torch.device]:
     return TranslationData.open(config), choose_device(args.cpu)
 
 
-def _subjects(args: Namespace, data: TranslationData, cfg: TransformerConfig) -> list[Subject]:
-    """The models that --models names, in the shape of ``cfg``."""
-    sizes = len(data.src_dict), len(data.tgt_dict)
-    variants = [variant(cfg, name) for name in args.models.split(",")]
-    return [Subject(label_of(own), own, sizes) for own in variants]
+def _subjects(args: Namespace, data: TranslationData, device: torch.device) -> list[Subject]:
+    """The checkpoints of --path, or else the models that --models names, in the shape that the flags give."""
+    if args.path:
+        subjects = [load_subject(path, data, device) for path in args.path.split(":")]
+    else:
+        cfg: TransformerConfig = section(TransformerConfig, args)
+        variants = [variant(cfg, name) for name in args.models.split(",")]
+        subjects = [Subject(label_of(own), own, _vocabularies(data)) for own in variants]
+    labels = [subject.label for subject in subjects]
+    if len(set(labels)) < len(labels):
+        raise FairseqError(f"two of the models are called the same ({', '.join(labels)}); name them: --path NAME=FILE")
+    return subjects
 
 
-def _batches(
-    args: Namespace, data: TranslationData, device: torch.device, configs: Iterable[TransformerConfig]
-) -> dict[int, Batch]:
-    """A batch a seed, of sentences that are not too long for any model of ``configs``."""
-    lengths = [(cfg.max_source_positions, cfg.max_target_positions) for cfg in configs]
-    longest = min(source for source, _ in lengths), min(target for _, target in lengths)
-    return {seed: first_batch(data, args.max_tokens, seed, device, longest) for seed in args.seeds}
+def _vocabularies(data: TranslationData) -> tuple[int, int]:
+    return len(data.src_dict), len(data.tgt_dict)
 
 
 def _dependency(argv: list[str]) -> None:
     args = _parse("dependency", (*MEASURE, *CHECKPOINTS), argv)
     data, device = _open(args)
-    if args.path:
-        subjects = [load_subject(path, data, device) for path in args.path.split(":")]
-    else:
-        subjects = _subjects(args, data, section(TransformerConfig, args))
-    labels = [subject.label for subject in subjects]
-    if len(set(labels)) < len(labels):
-        raise FairseqError(f"two of the models are called the same ({', '.join(labels)}); name them: --path NAME=FILE")
-    batches = _batches(args, data, device, [subject.cfg for subject in subjects])
-    entries = []
-    for subject in subjects:
-        models = [subject.fresh(seed, batch["net_input"]) for seed, batch in batches.items()]
-        entries.append(_dependency_entry(subject, "at the start", models, batches))
-        if subject.trained is not None:
-            entries.append(_dependency_entry(subject, "trained", [subject.trained] * len(batches), batches))
-        last = {stack: entries[-1][stack]["beta2"][-1][-1] for stack in ("encoder", "decoder")}
+    subjects = _subjects(args, data, device)
+    batches = batches_of(data, args.seeds, args.max_tokens, device, [subject.cfg for subject in subjects])
+    entries = [entry for subject in subjects for entry in measure_dependency(subject, batches)]
+    for entry in entries:
+        encoder, decoder = (entry[stack]["beta2"][-1][-1] for stack in ("encoder", "decoder"))
         print(
-            f"{subject.label}, {entries[-1]['stage']}: the last sub-layer takes {last['encoder']:.1%} (encoder) and "
-            f"{last['decoder']:.1%} (decoder) from its own branch",
-            flush=True,
+            f"{entry['label']}, {entry['stage']}: the last sub-layer takes {encoder:.1%} (encoder) and "
+            f"{decoder:.1%} (decoder) from its own branch"
         )
     for stack in ("encoder", "decoder"):
         own = [{key: entry[key] for key in ("label", "stage", stack)} for entry in entries]
@@ -97,63 +88,31 @@ def _dependency(argv: list[str]) -> None:
         _save(args, "dependency", {"stack": stack, "models": own}, figure, f"{args.name}-{stack}")
 
 
-def _dependency_entry(subject: Subject, stage: str, models: list[Any], batches: dict[int, Batch]) -> dict[str, Any]:
-    """Mean over the seeds: of the models, or, of a trained one, of the batches."""
-    runs = [
-        dependency.layer_dependency(model, batch["net_input"])
-        for model, batch in zip(models, batches.values(), strict=True)
-    ]
-    means = {stack: asdict(dependency.mean([run[stack] for run in runs])) for stack in ("encoder", "decoder")}
-    return {"label": subject.label, "stage": stage, **means}
-
-
 def _stability(argv: list[str]) -> None:
     args = _parse("stability", (*MEASURE, *DEPTHS), argv)
     if len(set(args.depths)) < 3 or any(depth % 2 for depth in args.depths):
         raise FairseqError("--depths: give at least three even numbers, such as 6,12,24")
     data, device = _open(args)
-    cfg = section(TransformerConfig, args)
-    batches = _batches(args, data, device, [cfg])
-    cfg.decoder_layers = 1  # the encoder is measured; the gradient must come from somewhere
+    cfg: TransformerConfig = section(TransformerConfig, args)
+    names = args.models.split(",")
+    for name in names:
+        variant(cfg, name)  # an unknown one is said before the others are measured
+    batches = batches_of(data, args.seeds, args.max_tokens, device, [cfg])
     results = []
-    for name in args.models.split(","):
-        changes = [_changes(args, data, cfg, name, depth, batches) for depth in args.depths]
-        random, step = ([[pair[i] for pair in seeds] for seeds in changes] for i in (0, 1))
-        label = label_of(variant(cfg, name))
-        results.append({"label": label, **stability.summarize(args.depths, random, step)})
+    for name in names:
+        results.append(measure_stability(cfg, name, _vocabularies(data), args.depths, batches))
         print(stability.fits_as_text(results[-1]), flush=True)
-    figure = figures.stability(results)
-    _save(args, "stability", {"noise": stability.NOISE, "step": stability.STEP, "models": results}, figure)
-
-
-def _changes(
-    args: Namespace, data: TranslationData, cfg: TransformerConfig, name: str, depth: int, batches: dict[int, Batch]
-) -> list[tuple[float, float]]:
-    """(random, gradient step) output changes of one model and depth, an item a seed."""
-    cfg.encoder_layers = depth // 2
-    (subject,) = _subjects(Namespace(models=name), data, cfg)
-    found = []
-    for seed, batch in batches.items():
-        model = subject.fresh(seed, batch["net_input"])
-        output = partial(stability.encoder_output, model, batch["net_input"])
-        moved = stability.matrices(model.encoder)
-        random = stability.random_change(output, moved, seed)
-        found.append((random, stability.gradient_change(model, batch, output, moved)))
-    return found
+    content = {"noise": stability.NOISE, "step": stability.STEP, "models": results}
+    _save(args, "stability", content, figures.stability(results))
 
 
 def _gradients(argv: list[str]) -> None:
-    args = _parse("gradients", MEASURE, argv)
+    args = _parse("gradients", (*MEASURE, *CHECKPOINTS), argv)
     data, device = _open(args)
-    subjects = _subjects(args, data, section(TransformerConfig, args))
-    batches = _batches(args, data, device, [subject.cfg for subject in subjects])
-    results = []
-    for subject in subjects:
-        runs = [
-            gradients.gradient_norms(subject.fresh(seed, batch["net_input"]), batch) for seed, batch in batches.items()
-        ]
-        results.append({"label": subject.label, **gradients.mean(runs)})
-        print(gradients.as_text(results[-1]), flush=True)
+    subjects = _subjects(args, data, device)
+    batches = batches_of(data, args.seeds, args.max_tokens, device, [subject.cfg for subject in subjects])
+    results = [result for subject in subjects for result in measure_gradients(subject, batches)]
+    print(*map(gradients.as_text, results), sep="\n")
     _save(args, "gradients", {"models": results}, figures.gradients(results))
 
 
@@ -182,7 +141,7 @@ def _check(argv: list[str]) -> None:
     longest = args.max_source_positions, args.max_target_positions
     multiple = args.required_batch_size_multiple
     batch = first_batch(data, args.max_tokens, args.seed, torch.device("cpu"), longest, args.train_subset, multiple)
-    diagnosis = check.diagnose(cfg, (len(data.src_dict), len(data.tgt_dict)), batch, args)
+    diagnosis = check.diagnose(cfg, _vocabularies(data), batch, args)
     print(check.as_text(diagnosis, args))
     sys.exit(0 if diagnosis.trains else 1)
 

@@ -29,13 +29,15 @@ THRESHOLD = 1.5
 WIDTH = 64  # of the stand-in
 SEEDS = (3, 12)  # fewest and most stand-ins to average over; very deep ones are few, to answer within a minute
 LAYERS_MEASURED = 432
-BYTES_A_PARAMETER = {"adam": 16, "radam": 16, "sgd": 8}  # float32: parameter, gradient, moments
+FLOAT = 4  # bytes
+MOMENTS = {"adam": 2, "radam": 2}  # numbers that an optimiser keeps for a parameter
 
 
 @dataclass
 class Diagnosis:
-    """parameters: trained ones. state_bytes: parameters, gradients and the optimiser's state; activation_bytes: what a
-    batch of tokens keeps for the backward pass. change: the stand-in's output change; reference: 6L-6L Post-LN's.
+    """parameters: trained ones. state_bytes: parameters, gradients and the optimiser's state; activation_bytes: what
+    the first batch, of ``tokens`` target tokens, keeps for the backward pass. change: the stand-in's output change;
+    reference: 6L-6L Post-LN's.
     """
 
     label: str
@@ -43,6 +45,7 @@ class Diagnosis:
     parameters: int
     state_bytes: int
     activation_bytes: int
+    tokens: int
     change: float
     reference: float
 
@@ -62,14 +65,16 @@ def diagnose(cfg: TransformerConfig, vocabularies: tuple[int, int], batch: Any, 
     parameters, activations = count_memory(cfg, vocabularies, batch["net_input"], batch["target"])
     if args.fp16 or args.bf16:
         activations //= 2
+    moments = MOMENTS.get(args.optimizer, 1 if getattr(args, "momentum", 0) else 0)
     inputs = _few_tokens(batch["net_input"])
     post_ln = replace(variant(cfg, "post-ln"), encoder_layers=6, decoder_layers=6)
     return Diagnosis(
         label=label_of(cfg),
         layers=(cfg.encoder_layers, cfg.decoder_layers),
         parameters=parameters,
-        state_bytes=parameters * BYTES_A_PARAMETER.get(args.optimizer, 16),
+        state_bytes=parameters * FLOAT * (2 + moments),  # parameter, gradient, moments
         activation_bytes=activations,
+        tokens=batch["ntokens"],
         change=output_change(cfg, vocabularies, inputs),
         reference=output_change(post_ln, vocabularies, inputs),
     )
@@ -143,7 +148,7 @@ def as_text(diagnosis: Diagnosis, args: Namespace) -> str:
     lines = [
         f"model: {diagnosis.label}, {encoder}L-{decoder}L, {diagnosis.parameters:,} parameters",
         f"memory: about {_gib(total)}: {_gib(diagnosis.state_bytes)} parameters, gradients and optimiser, at most "
-        f"{_gib(diagnosis.activation_bytes)} activations of a batch of {args.max_tokens:,} tokens",
+        f"{_gib(diagnosis.activation_bytes)} activations of the first batch, {diagnosis.tokens:,} target tokens",
         f"output change at the start: {diagnosis.ratio:.2f} times that of a 6L-6L Post-LN Transformer "
         f"(limit {THRESHOLD})",
     ]

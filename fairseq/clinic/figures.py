@@ -157,7 +157,8 @@ def omega(models: Sequence[dict[str, Any]]) -> Figure:
 
     models: dicts with label, encoder and decoder, those as in ``omega.StackOmega``.
     """
-    moved = any(model["encoder"]["start"] and model["encoder"]["mean"] for model in models)
+    stacks = [model[stack] for model in models for stack in ("encoder", "decoder")]
+    moved = any(stack["start"] and stack["mean"] for stack in stacks)
     figure, axes = _subplots(1 + moved, 2, 10.0, 3.4 * (1 + moved), sharey="row", sharex="col")
     for column, stack in enumerate(("encoder", "decoder")):
         for model, colour, marker in zip(models, cycle(COLOURS[1:]), cycle(MARKERS), strict=False):

@@ -26,6 +26,7 @@ from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import from_fairseq
 from fairseq.models.transformer import Transformer
 from fairseq.registry import RESIDUAL_RULES
+from fairseq.training.trainer import to_device
 
 LABELS = {
     "post-ln": "Post-LN",
@@ -141,8 +142,6 @@ def first_batch(
         max_positions=max_positions,
         seed=seed,
     )
-    from fairseq.training.trainer import to_device
-
     return to_device(itr.first_batch(), device)
 
 
