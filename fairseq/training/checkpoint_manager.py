@@ -9,12 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fairseq.checkpoint import load_checkpoint
+from fairseq.checkpoint import load_checkpoint, save_checkpoint
 from fairseq.errors import FairseqError
 from fairseq.options import LAST, CheckpointConfig
-from fairseq.utils.io import atomic_copy, atomic_write, remove_unfinished
+from fairseq.utils.io import atomic_copy, remove_unfinished
 
 logger = logging.getLogger("fairseq.checkpoint")
 
@@ -71,8 +69,7 @@ class CheckpointManager:
         if self.cfg.no_save or not names:
             return
         first = self.directory / names[0]
-        with atomic_write(first, "wb") as handle:
-            torch.save(state(), handle)
+        save_checkpoint(state(), first)
         for name in names[1:]:
             atomic_copy(first, self.directory / name)
         logger.info(f"saved {', '.join(names)} in {self.directory} (epoch {epoch} @ {updates} updates)")
