@@ -14,7 +14,7 @@ import torch
 
 from fairseq.cli import command
 from fairseq.clinic import check, figures, gradients, omega, report, stability
-from fairseq.clinic.measure import batches_of, measure_dependency, measure_gradients, measure_stability
+from fairseq.clinic.measure import Batches, batches_of, measure_dependency, measure_gradients, measure_stability
 from fairseq.clinic.results import load_results, save_result
 from fairseq.clinic.subjects import Subject, first_batch, label_of, load_subject, named_file, variant
 from fairseq.data.translation import TranslationData
@@ -70,11 +70,16 @@ def _vocabularies(data: TranslationData) -> tuple[int, int]:
     return len(data.src_dict), len(data.tgt_dict)
 
 
-def _dependency(argv: list[str]) -> None:
-    args = _parse("dependency", (*MEASURE, *CHECKPOINTS), argv)
+def _prepare(name: str, argv: list[str]) -> tuple[Namespace, list[Subject], Batches]:
+    """Flags, models and batches of a command that measures models of one depth, or checkpoints."""
+    args = _parse(name, (*MEASURE, *CHECKPOINTS), argv)
     data, device = _open(args)
     subjects = _subjects(args, data, device)
-    batches = batches_of(data, args.seeds, args.max_tokens, device, [subject.cfg for subject in subjects])
+    return args, subjects, batches_of(data, args.seeds, args.max_tokens, device, [own.cfg for own in subjects])
+
+
+def _dependency(argv: list[str]) -> None:
+    args, subjects, batches = _prepare("dependency", argv)
     entries = [entry for subject in subjects for entry in measure_dependency(subject, batches)]
     for entry in entries:
         encoder, decoder = (entry[stack]["beta2"][-1][-1] for stack in ("encoder", "decoder"))
@@ -107,10 +112,7 @@ def _stability(argv: list[str]) -> None:
 
 
 def _gradients(argv: list[str]) -> None:
-    args = _parse("gradients", (*MEASURE, *CHECKPOINTS), argv)
-    data, device = _open(args)
-    subjects = _subjects(args, data, device)
-    batches = batches_of(data, args.seeds, args.max_tokens, device, [subject.cfg for subject in subjects])
+    args, subjects, batches = _prepare("gradients", argv)
     results = [result for subject in subjects for result in measure_gradients(subject, batches)]
     print(*map(gradients.as_text, results), sep="\n")
     _save(args, "gradients", {"models": results}, figures.gradients(results))
