@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq.admin.omega import OmegaProfile
 from fairseq.admin.residual import OMEGA_TYPES, PROFILING
 from fairseq.data.dictionary import Dictionary
 from fairseq.errors import FairseqError
@@ -166,6 +167,12 @@ def updates_of(state: dict[str, Any]) -> int:
         return int(state["optimizer_history"][-1]["num_updates"])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return 0
+
+
+def starting_omega(state: dict[str, Any]) -> OmegaProfile | None:
+    """The omega that a checkpoint's training started from; None if it does not say."""
+    extra = state.get("extra_state")
+    return OmegaProfile.from_dict(extra.get("omega")) if isinstance(extra, dict) else None
 
 
 def without_optimizer(state: dict[str, Any]) -> dict[str, Any]:

@@ -468,6 +468,12 @@ def _load_user_dir(argv: list[str] | None) -> None:
     import_user_dir(first.parse_known_args(argv)[0].user_dir)
 
 
+def check_result_name(parser: argparse.ArgumentParser, name: str) -> None:
+    """A usage error when ``--name`` would put a result outside ``--out-dir``, where the report does not look."""
+    if Path(name).name != name:
+        parser.error(f"--name {name}: a name, not a path; directories are --out-dir's")
+
+
 def parse_clinic_args(
     prog: str, description: str, sections: tuple[tuple[type, str], ...], argv: list[str] | None
 ) -> argparse.Namespace:
@@ -484,8 +490,7 @@ def parse_clinic_args(
     given = [name for name in ("models", *sorted(shape)) if getattr(args, name, None) is not None]
     if getattr(args, "path", None) and given:
         parser.error(f"--{given[0].replace('_', '-')} does nothing with --path: checkpoints say what they are")
-    if Path(args.name or "").name != (args.name or ""):
-        parser.error(f"--name {args.name}: a name, not a path; directories are --out-dir's")
+    check_result_name(parser, args.name or "")
     args.models = args.models or "post-ln,pre-ln,adaptive"
     vars(args).update(resolve_architecture(args.arch, vars(args)))
     return args

@@ -316,6 +316,7 @@ def test_help(capsys, command):
         (2, "--models does nothing with --path", "dependency BIN --path x.pt --models post-ln"),
         (2, "--dropout does nothing with --path", "gradients BIN --path x.pt --dropout 0.1"),
         (2, "--name a/b: a name", "gradients BIN --name a/b"),
+        (2, "--name a/b: a name", "omega nowhere.pt --name a/b"),
         (1, "--depths", "stability BIN --depths 6,7,12"),
         (1, "--depths", "stability BIN --depths 6,12,12"),
         (1, "unknown model 'nope'", "dependency BIN --models post-ln,nope"),

@@ -27,6 +27,7 @@ from fairseq.options import (
     ClinicDataConfig,
     ClinicDepthConfig,
     DataConfig,
+    check_result_name,
     make_parser,
     parse_clinic_args,
     parse_train_args,
@@ -124,6 +125,7 @@ def _omega(argv: list[str]) -> None:
     parser.add_argument("--out-dir", default="clinic", metavar="DIR", help="directory of results: JSON and PNG")
     parser.add_argument("--name", default="omega", help="name of the result's files")
     args = parser.parse_args(argv)
+    check_result_name(parser, args.name)
     args.command = shlex.join(["fairseq-clinic", "omega", *argv])
     results = []
     for path in args.paths:
@@ -144,7 +146,7 @@ def _check(argv: list[str]) -> None:
     multiple = args.required_batch_size_multiple
     batch = first_batch(data, args.max_tokens, args.seed, torch.device("cpu"), longest, args.train_subset, multiple)
     diagnosis = check.diagnose(cfg, _vocabularies(data), batch, args)
-    print(check.as_text(diagnosis, args))
+    print(check.as_text(diagnosis))
     sys.exit(0 if diagnosis.trains else 1)
 
 

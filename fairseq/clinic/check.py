@@ -141,7 +141,7 @@ def count_memory(
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(kept.values())
 
 
-def as_text(diagnosis: Diagnosis, args: Namespace) -> str:
+def as_text(diagnosis: Diagnosis) -> str:
     """The diagnosis in a few lines, the verdict last."""
     encoder, decoder = diagnosis.layers
     total = diagnosis.state_bytes + diagnosis.activation_bytes
@@ -152,11 +152,9 @@ def as_text(diagnosis: Diagnosis, args: Namespace) -> str:
         f"output change at the start: {diagnosis.ratio:.2f} times that of a 6L-6L Post-LN Transformer "
         f"(limit {THRESHOLD})",
     ]
-    if diagnosis.trains:
-        return "\n".join([*lines, "verdict: fine"])
-    if diagnosis.label == "Post-LN":
-        return "\n".join([*lines, "verdict: will probably diverge; use --init-type adaptive"])
-    return "\n".join([*lines, "verdict: will probably diverge; use --init-type adaptive or fewer layers"])
+    otherwise = "" if diagnosis.label == "Post-LN" else " or fewer layers"
+    verdict = "fine" if diagnosis.trains else f"will probably diverge; use --init-type adaptive{otherwise}"
+    return "\n".join([*lines, f"verdict: {verdict}"])
 
 
 def _gib(count: int) -> str:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq.clinic.stability import LABEL_SMOOTHING, geometric_mean
+from fairseq.clinic.stability import geometric_mean, mean_loss
 from fairseq.clinic.subjects import stream_of, sublayers
-from fairseq.criterions.cross_entropy import smoothed_nll
 from fairseq.data.translation import Batch
-from fairseq.models.transformer import PADDING_IDX, Transformer
+from fairseq.models.transformer import Transformer
 
 
 def gradient_norms(model: Transformer, batch: Batch) -> dict[str, dict[str, list[Any]]]:
@@ -33,13 +32,11 @@ def gradient_norms(model: Transformer, batch: Batch) -> dict[str, dict[str, list
     handles = [rule.register_forward_hook(keep) for stack in stacks.values() for _, _, rule in stack]
     model.zero_grad(set_to_none=True)
     try:
-        logits, _ = model(**batch["net_input"])
+        loss = mean_loss(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    assert batch["target"] is not None
-    loss, _ = smoothed_nll(logits, batch["target"], LABEL_SMOOTHING, PADDING_IDX)
-    (loss / batch["ntokens"]).backward()
+    loss.backward()
     result: dict[str, dict[str, list[Any]]] = {
         name: {
             "kind": [kind for kind, _, _ in stack],

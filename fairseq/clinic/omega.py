@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fairseq import admin
-from fairseq.checkpoint import load_checkpoint
+from fairseq.checkpoint import load_checkpoint, starting_omega
 from fairseq.errors import FairseqError
 from fairseq.models.state_dict import from_fairseq
 
@@ -47,7 +47,7 @@ def read_omega(path: str | Path) -> dict[str, StackOmega]:
         profile = admin.OmegaProfile.load(path)
         return {"encoder": StackOmega(profile.encoder), "decoder": StackOmega(profile.decoder)}
     state = load_checkpoint(path)
-    start = admin.OmegaProfile.from_dict((state.get("extra_state") or {}).get("omega"))
+    start = starting_omega(state)
     vectors: dict[str, dict[tuple[int, int], Tensor]] = {"encoder": {}, "decoder": {}}
     for name, tensor in from_fairseq(state["model"]).items():
         if match := _OMEGA.fullmatch(name):

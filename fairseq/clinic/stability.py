@@ -93,14 +93,19 @@ def random_change(output: Callable[[], Tensor], parameters: Sequence[Tensor], se
     return change(output, parameters, by) / noise**2
 
 
+def mean_loss(model: Transformer, batch: Batch) -> Tensor:
+    """The label-smoothed loss of a batch that has a target, in nats a target token: a scalar."""
+    logits, _ = model(**batch["net_input"])
+    assert batch["target"] is not None
+    loss, _ = smoothed_nll(logits, batch["target"], LABEL_SMOOTHING, PADDING_IDX)
+    return loss / batch["ntokens"]
+
+
 def gradient_change(
     model: Transformer, batch: Batch, output: Callable[[], Tensor], parameters: Sequence[Tensor], step: float = STEP
 ) -> float:
     """Output change for one SGD step on the batch's label-smoothed loss; divided by ``step``^2."""
-    logits, _ = model(**batch["net_input"])
-    assert batch["target"] is not None
-    loss, _ = smoothed_nll(logits, batch["target"], LABEL_SMOOTHING, PADDING_IDX)
-    gradients = torch.autograd.grad(loss / batch["ntokens"], list(parameters))
+    gradients = torch.autograd.grad(mean_loss(model, batch), list(parameters))
     by_parameter = dict(zip(map(id, parameters), gradients, strict=True))
     return change(output, parameters, lambda p: -step * by_parameter[id(p)]) / step**2
 

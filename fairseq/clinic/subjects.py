@@ -17,13 +17,12 @@ from fairseq.checkpoint import (
     check_dictionaries,
     check_languages,
     load_checkpoint,
-    model_config,
+    starting_omega,
 )
 from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
-from fairseq.models.state_dict import from_fairseq
 from fairseq.models.transformer import Transformer
 from fairseq.registry import RESIDUAL_RULES
 from fairseq.training.trainer import to_device
@@ -115,10 +114,8 @@ def load_subject(path: str, data: TranslationData, device: torch.device) -> Subj
     languages = (data.source_lang, data.src_dict), (data.target_lang, data.tgt_dict)
     check_languages(state["args"], data.source_lang, data.target_lang, file)
     check_dictionaries(trained, file, data.config.data.split(":")[0], *languages)
-    cfg = model_config(state["args"], from_fairseq(state["model"]))
     sizes = (trained.encoder.embed_tokens.num_embeddings, trained.decoder.embed_tokens.num_embeddings)
-    start = admin.OmegaProfile.from_dict((state.get("extra_state") or {}).get("omega"))
-    return Subject(label or label_of(cfg), cfg, sizes, trained, start)
+    return Subject(label or label_of(trained.cfg), trained.cfg, sizes, trained, starting_omega(state))
 
 
 def first_batch(

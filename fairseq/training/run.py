@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq import admin
-from fairseq.checkpoint import check_languages, load_parameters
+from fairseq.checkpoint import check_languages, load_parameters, starting_omega
 from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.translation import TranslationData
 from fairseq.errors import FairseqError
@@ -74,7 +74,7 @@ class TrainingRun:
         args, trainer = self.args, self.trainer
         try:
             extra = state.get("extra_state") or {}
-            self.omega = admin.OmegaProfile.from_dict(extra.get("omega"))
+            self.omega = starting_omega(state)
             if not args.reset_optimizer:
                 self._resume_optimizer(state, path)
             if not args.reset_dataloader and "train_iterator" in extra:
