@@ -199,10 +199,20 @@ class DistributedConfig:
     distributed_port: int = flag(0, "port of the rendezvous (0: any free one)", least=0, below=2**16)
     ddp_backend: str = flag(
         "pytorch_ddp",
-        "gradient exchange; all names mean DistributedDataParallel",
-        choices=("pytorch_ddp", "c10d", "no_c10d", "legacy_ddp"),
+        "fully_sharded (FSDP2): parameters, gradients and optimiser state divided among the processes; all other names "
+        "mean DistributedDataParallel",
+        choices=("pytorch_ddp", "c10d", "no_c10d", "legacy_ddp", "fully_sharded"),
     )
     bucket_cap_mb: int = flag(25, "size of a gradient bucket, in MiB", least=1)
+
+
+@dataclass
+class MemoryConfig:
+    """What to trade for memory."""
+
+    checkpoint_activations: bool = flag(False, "keep only the layers' inputs, and run them again in the backward pass")
+    checkpoint_activations_every: int = flag(1, "do so with every K-th layer and keep the others whole", least=1)
+    offload_activations: bool = flag(False, "checkpoint activations, and keep these inputs in host memory (GPU only)")
 
 
 @dataclass
@@ -412,6 +422,7 @@ TRAIN_SECTIONS: tuple[tuple[type, str], ...] = (
     (OptimizationConfig, "optimisation"),
     (CheckpointConfig, "checkpoints"),
     (DistributedConfig, "several processes"),
+    (MemoryConfig, "memory"),
     (CommonConfig, "common"),
     (LogConfig, "progress"),
     (TrainLogConfig, "logs and loss scaling"),
@@ -548,6 +559,7 @@ def _check_init_type_flags(parser: argparse.ArgumentParser, args: argparse.Names
 def _check_contradictions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     bleu, largest = args.best_checkpoint_metric == "bleu", args.maximize_best_checkpoint_metric
     finetunes = args.finetune_from_model is not None
+    checkpoints = args.checkpoint_activations or args.offload_activations
     for wrong, message in (
         (args.fp16 and args.bf16, "--fp16 and --bf16 contradict each other; give one"),
         (args.fp16 and args.cpu, "--fp16 needs a GPU; on the CPU use --bf16 or float32"),
@@ -556,6 +568,14 @@ def _check_contradictions(parser: argparse.ArgumentParser, args: argparse.Namesp
         (bleu != largest, "bleu as --best-checkpoint-metric, and only bleu, needs --maximize-best-checkpoint-metric"),
         (args.patience > 0 and args.disable_validation, "--patience needs validation; drop --disable-validation"),
         (finetunes and args.restore_file != LAST, "--finetune-from-model contradicts --restore-file; give one"),
+        (
+            args.ddp_backend == "fully_sharded" and args.optimizer == "adafactor",
+            "--optimizer adafactor needs whole matrices, which --ddp-backend fully_sharded divides; use adam or radam",
+        ),
+        (
+            args.checkpoint_activations_every > 1 and not checkpoints,
+            "--checkpoint-activations-every does nothing without --checkpoint-activations",
+        ),
     ):
         if wrong:
             parser.error(message)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fairseq.errors import FairseqError
 from fairseq.registry import OPTIMIZERS
@@ -155,7 +156,11 @@ def radam(params: Params, config: AdamConfig, lr: float) -> torch.optim.Optimize
 @_optimizer("sgd", SGDConfig)
 def sgd(params: Params, config: SGDConfig, lr: float) -> torch.optim.Optimizer:
     """Stochastic gradient descent; weight decay is added to the gradient."""
-    return torch.optim.SGD(params, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(params, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    for group in optimizer.param_groups:
+        # torch has no fused SGD for the tensors of --ddp-backend fully_sharded
+        group["fused"] = not any(isinstance(parameter, DTensor) for parameter in group["params"])
+    return optimizer
 
 
 @_optimizer("adafactor", AdafactorConfig)

@@ -22,8 +22,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fairseq.errors import FairseqError
+from fairseq.models.transformer import Transformer
 from fairseq.registry import import_user_dir
 from fairseq.training.logging import DATE_FORMAT, LINE_FORMAT
+from fairseq.training.sharding import shard
 
 # What gloo says when a process has gone; NCCL does not return, its process is ended with the others
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -67,8 +69,14 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def average_gradients(self, model: torch.nn.Module, bucket_cap_mb: int) -> torch.nn.Module:
-        """model, wrapped so that its backward pass averages gradients over all processes."""
+    def average_gradients(self, model: Transformer, backend: str, bucket_cap_mb: int) -> torch.nn.Module:
+        """model on this device, wrapped (or sharded) so that its backward pass averages gradients over all processes.
+
+        backend: ``--ddp-backend``.
+        """
+        if self.size > 1 and backend == "fully_sharded":
+            return shard(model, self.device)
+        model.to(self.device)
         if self.size == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None

@@ -8,6 +8,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fairseq import admin
 from fairseq.checkpoint import check_languages, load_parameters, starting_omega
 from fairseq.data.batching import EpochBatchIterator
@@ -20,6 +22,7 @@ from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.distributed import World
 from fairseq.training.logging import Averages, TrainLog
 from fairseq.training.profiling import start_omega
+from fairseq.training.sharding import whole_parameters
 from fairseq.training.trainer import Trainer
 from fairseq.training.validation import Validator
 
@@ -190,25 +193,32 @@ class TrainingRun:
             self._take_stats()  # nothing is saved of a model that has diverged
         value, is_best = None, False
         if check and not args.disable_validation:
-            value = self.validator.validate(epoch, updates, self.log, self.checkpoints)
+            with whole_parameters(self.trainer.model):
+                value = self.validator.validate(epoch, updates, self.log, self.checkpoints)
             self.bad_validations = 0 if self.checkpoints.is_better(value) else self.bad_validations + 1
             is_best = self.checkpoints.note(value)
             stop = stop or self._limit_reached()
             save = save or bool(stop)
-        if save or value is not None:
+        if (save or value is not None) and not args.no_save:
+            parameters = self.trainer.parameter_state()  # all processes take part in gathering what is sharded
+            optimizer = None if args.no_save_optimizer_state else self.trainer.optimizer_state()
             if self.world.is_master:
                 self.checkpoints.save(
-                    lambda: self._state(value), epoch, end_of_epoch, updates, value, is_best, every=save
+                    lambda: self._state(value, parameters, optimizer),
+                    *(epoch, end_of_epoch, updates, value, is_best),
+                    every=save,
                 )
             self.world.barrier()
         return stop
 
-    def _state(self, value: float | None) -> dict[str, Any]:
+    def _state(
+        self, value: float | None, parameters: dict[str, Tensor], optimizer: dict[str, Any] | None
+    ) -> dict[str, Any]:
         """The checkpoint: fairseq's keys, and all that a resumed run needs to go on as if never stopped."""
         args, trainer = self.args, self.trainer
         return {
             "args": Namespace(**vars(args)),
-            "model": to_fairseq(trainer.model.state_dict()),
+            "model": to_fairseq(parameters),
             "optimizer_history": [
                 {
                     "criterion_name": args.criterion,
@@ -228,7 +238,7 @@ class TrainingRun:
                 "previous_training_time": self._wall(),
                 "omega": self.omega and self.omega.to_dict(),
             },
-            "last_optimizer_state": None if args.no_save_optimizer_state else trainer.optimizer_state(),
+            "last_optimizer_state": optimizer,
         }
 
 

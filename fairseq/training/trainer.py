@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fairseq import criterions, optim  # noqa: F401  (they register themselves)
 from fairseq.data.translation import Batch
 from fairseq.errors import FairseqError
-from fairseq.models.transformer import PADDING_IDX
-from fairseq.options import OptimizationConfig, TrainLogConfig, section
+from fairseq.models.transformer import PADDING_IDX, Transformer
+from fairseq.options import MemoryConfig, OptimizationConfig, TrainLogConfig, section
 from fairseq.registry import CRITERIONS, LR_SCHEDULERS, OPTIMIZERS
+from fairseq.training.activations import apply_memory_flags
 from fairseq.training.distributed import World
 from fairseq.training.precision import DynamicLossScaler, autocast
+from fairseq.training.sharding import gather, local, scatter_optimizer_state
 from fairseq.utils.flags import from_namespace
 
 SUMS = ("loss", "nll_loss", "ntokens", "nsentences")  # what a batch adds up to; losses in nats
@@ -38,13 +41,15 @@ def component(registry: Any, name: str, args: Namespace, *rest: Any) -> Any:
 class Trainer:
     """Trains ``model`` on ``world.device``; one instance a process."""
 
-    def __init__(self, args: Namespace, model: nn.Module, world: World) -> None:
+    def __init__(self, args: Namespace, model: Transformer, world: World) -> None:
         self.args = args
         self.world = world
-        self.model = model.to(world.device)
+        apply_memory_flags(model, section(MemoryConfig, args), world.device)
+        self.model = model
         self.cfg: OptimizationConfig = section(OptimizationConfig, args)
+        self._wrapped = world.average_gradients(self.model, args.ddp_backend, args.bucket_cap_mb)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self._wrapped = world.average_gradients(self.model, args.bucket_cap_mb)
+        self._sharded = any(isinstance(p, DTensor) for p in self.parameters)
         self.criterion = component(CRITERIONS, args.criterion, args, PADDING_IDX)
         optimizer_config = OPTIMIZERS.config(args.optimizer)
         self.optimizer: torch.optim.Optimizer = OPTIMIZERS.get(args.optimizer)(
@@ -123,10 +128,13 @@ class Trainer:
         """Normalise and clip the gradients and update the parameters. sums: of the whole update, as in SUMS."""
         sample_size = sums[3] if self.cfg.sentence_avg else sums[2]
         scale = self.scaler.scale if self.scaler else 1.0
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        # DistributedDataParallel has divided the sum over processes by their number
+        grads = [local(p.grad) for p in self.parameters if p.grad is not None]
+        # DistributedDataParallel, or FSDP2, has divided the sum over processes by their number
         factor = (self.world.size / scale / sample_size).float()
-        gnorm = torch.nn.utils.get_total_norm(grads) * factor
+        gnorm = torch.nn.utils.get_total_norm(grads)
+        if self._sharded:
+            gnorm = self.world.sum(gnorm.square()).sqrt()
+        gnorm = gnorm * factor
         clipped = torch.zeros_like(sample_size)
         if self.cfg.clip_norm > 0:
             clipped = (gnorm > self.cfg.clip_norm).double()
@@ -164,9 +172,13 @@ class Trainer:
             "--lr, warm up longer, clip with --clip-norm, or use --init-type adaptive for a deep Post-LN model"
         )
 
+    def parameter_state(self) -> dict[str, Tensor]:
+        """The model's ``state_dict()``, whole; sharded, it is gathered: all processes call this, the first gets it."""
+        return gather(self.model.state_dict(keep_vars=True), self.world.is_master)
+
     def optimizer_state(self) -> dict[str, Any]:
-        """The optimiser's state, with the loss scaler's under ``loss_scaler``."""
-        state = self.optimizer.state_dict()
+        """The optimiser's state, with the loss scaler's under ``loss_scaler``; gathered as ``parameter_state`` is."""
+        state = gather(self.optimizer.state_dict(), self.world.is_master)
         return state | {"loss_scaler": self.scaler.state_dict()} if self.scaler else state
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
@@ -175,7 +187,8 @@ class Trainer:
         Raises whatever the optimiser raises when it does not fit the parameters.
         """
         settings = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict({key: value for key, value in state.items() if key != "loss_scaler"})
+        own_state = {key: value for key, value in state.items() if key != "loss_scaler"}
+        self.optimizer.load_state_dict(scatter_optimizer_state(own_state, self.parameters))
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         if self.scaler and "loss_scaler" in state:
