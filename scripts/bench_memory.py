@@ -35,12 +35,13 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fairseq.criterions.cross_entropy import smoothed_nll
+from fairseq.cli import command
 from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import PADDING_IDX, Transformer
 from fairseq.options import parse_train_args, section
+from fairseq.registry import CRITERIONS
 from fairseq.training.activations import checkpoint_layers
-from fairseq.training.precision import autocast
+from fairseq.training.trainer import batch_losses, component
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -86,10 +87,11 @@ def build(args: Namespace) -> Transformer:
 def forward_backward(model: Transformer, args: Namespace) -> None:
     """Gradients of one batch without padding."""
     tokens = torch.full((args.max_tokens // args.length, args.length), PADDING_IDX + 3)
-    with autocast(CPU, False, args.bf16):
-        logits, _ = model(tokens, None, tokens)
-    loss, _ = smoothed_nll(logits, tokens, 0.1, PADDING_IDX)
-    del logits
+    inputs = {"src_tokens": tokens, "src_lengths": None, "prev_output_tokens": tokens}
+    counts = {"id": tokens[:, 0], "nsentences": len(tokens), "ntokens": tokens.numel()}
+    batch: Any = {"net_input": inputs, "target": tokens, **counts}
+    criterion = component(CRITERIONS, args.criterion, args, PADDING_IDX)
+    loss, _ = batch_losses(model, criterion, batch, args, CPU)
     loss.backward()
 
 
@@ -131,8 +133,8 @@ def parse(argv: Sequence[str]) -> Namespace:
     return Namespace(**vars(args), **vars(own))
 
 
-def main(argv: Sequence[str]) -> None:
-    """Print one configuration's memory."""
+def _main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.only_resident:
         print(resident(args))
@@ -155,7 +157,7 @@ def main(argv: Sequence[str]) -> None:
         ("static", "parameters, gradients and Adam's moments, 16 bytes a parameter"),
         ("activations", "everything else at the peak"),
         ("peak", "together"),
-        ("predicted", "together, as 2 and 3 layers predict it"),
+        ("predicted", "together, as extrapolated from few layers"),
         ("resident", "together, as the process's resident memory grew"),
     ):
         if key in result:
@@ -163,15 +165,21 @@ def main(argv: Sequence[str]) -> None:
 
 
 def predict(args: Namespace) -> int:
-    """The peak as the peaks of 2L-2L and 3L-3L predict it: each layer more adds the same."""
+    """The peak as that of few layers predicts it: each layer more adds the same.
+
+    With --checkpoint-activations-every K that is true of each K layers more.
+    """
 
     def peak(encoder: int, decoder: int) -> int:
         return count(Namespace(**{**vars(args), "encoder_layers": encoder, "decoder_layers": decoder}))["peak"]
 
-    base = peak(2, 2)
-    more_encoder, more_decoder = peak(3, 2) - base, peak(2, 3) - base
-    return base + (args.encoder_layers - 2) * more_encoder + (args.decoder_layers - 2) * more_decoder
+    every = args.checkpoint_activations_every
+    few = 2 * every
+    base = peak(few, few)
+    more_encoder, more_decoder = peak(few + every, few) - base, peak(few, few + every) - base
+    more = (args.encoder_layers - few) * more_encoder + (args.decoder_layers - few) * more_decoder
+    return base + more // every
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command(_main)(None)
