@@ -61,9 +61,7 @@ def _main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="+", metavar="NAME=LOG", help="what the legend says, and a log file")
     parser.add_argument("--out", type=Path, required=True, help="picture to write, PNG")
-    parser.add_argument(
-        "--mean", type=int, default=1, help="lines of the log to average over, half of them on either side (1)"
-    )
+    parser.add_argument("--mean", type=int, default=1, help="average over so many lines of the log (1)")
     args = parser.parse_args(argv)
     if args.mean < 1:
         parser.error(f"--mean {args.mean}: must be at least 1")
