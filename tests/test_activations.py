@@ -117,6 +117,11 @@ def test_a_checkpointed_layer_keeps_its_input_alone(bench):
     assert plain - peak(bench, 3) > 5 * more
 
 
+def test_autocast_keeps_no_weights_of_checkpointed_layers(bench):
+    more = [peak(bench, 4, CHECKPOINT, *flags) - peak(bench, 3, CHECKPOINT, *flags) for flags in ((), ("--bf16",))]
+    assert more[0] == more[1]
+
+
 def test_counting_without_contents_is_counting(bench):
     for flags in ((), (CHECKPOINT,)):
         assert peak(bench, 2, *flags) == pytest.approx(peak(bench, 2, *flags, fake=False), rel=0.01)

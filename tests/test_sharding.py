@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from fairseq.errors import FairseqError
 from fairseq.training.distributed import _free_port
 from fairseq.training.sharding import gather, local, scatter_optimizer_state, shard, whole_parameters
 from tests.test_activations import backward, deep_model
@@ -110,6 +111,18 @@ def _in_each(rank: int, port: int, directory: Path) -> None:
         torch.save((sum(local(t).numel() for t in held), sum(t.numel() for t in held)), directory / str(rank))
     finally:
         dist.destroy_process_group()
+
+
+def test_a_torch_that_adds_gradients_up_is_refused(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+
+    def refuses(mean, ones, op):
+        raise RuntimeError("Cannot use ReduceOp.AVG")
+
+    for behaviour in (refuses, lambda mean, ones, op: mean.fill_(2)):
+        monkeypatch.setattr(dist, "reduce_scatter_tensor", behaviour)
+        with pytest.raises(FairseqError, match="cannot average gradients"):
+            shard(deep_model(), torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -49,6 +49,13 @@ def _checkpointed(layer: nn.Module, forward: Callable[..., Tensor], offload: boo
     """``forward(x, *rest)``. x: the stream (batch, time, dim); rest: what all layers of a stack share."""
     if not (layer.training and torch.is_grad_enabled()):
         return forward(x, *rest)
+
+    def run(stream: Tensor) -> Tensor:
+        # autocast would keep its low-precision copies of the weights until the loss, for a use that never comes
+        kind = x.device.type
+        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, dtype, enabled, cache_enabled=False):
+            return forward(stream, *rest)  # not as arguments of checkpoint: every layer would offload its own copies
+
     with save_on_cpu(pin_memory=x.is_cuda) if offload else contextlib.nullcontext():
-        # what is shared comes in the closure: as arguments, every layer would move its own copy to the host
-        return checkpoint(lambda stream: forward(stream, *rest), x, use_reentrant=False)
+        return checkpoint(run, x, use_reentrant=False)

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from fairseq.errors import FairseqError
 from fairseq.models.transformer import Transformer
 
 
@@ -24,13 +25,29 @@ def shard(model: Transformer, device: torch.device) -> Transformer:
     """Divide ``model``, the same in all processes, among them, in place, and move this process's part to ``device``.
 
     Its backward pass then averages gradients over the processes. The parameters are new: collect them afterwards.
+    Raises FairseqError where this torch cannot average.
     """
+    _check_averaging(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for stack in (model.encoder, model.decoder):
         for layer in stack.layers:
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)  # embeddings are needed at both ends
     return model
+
+
+def _check_averaging(device: torch.device) -> None:
+    """Average ones. On the CPU some versions of torch fail at it, and some add up without a word."""
+    mean = torch.empty(1, device=device)
+    with contextlib.suppress(RuntimeError, ValueError):
+        ones = torch.ones(dist.get_world_size(), device=device)
+        dist.reduce_scatter_tensor(mean, ones, op=dist.ReduceOp.AVG)
+        if mean.item() == 1:
+            return
+    raise FairseqError(
+        f"--ddp-backend fully_sharded: torch {torch.__version__} cannot average gradients on this device "
+        f"({device.type}); use torch 2.13 or later, or --ddp-backend pytorch_ddp"
+    )
 
 
 @contextlib.contextmanager
@@ -84,8 +101,13 @@ def scatter_optimizer_state(state: dict[str, Any], parameters: list[nn.Parameter
     def part(value: Any, parameter: nn.Parameter) -> Any:
         if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
             return value
-        moved = value.to(parameter.device)
-        return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        mesh = parameter.device_mesh
+        rows = value.chunk(mesh.size())
+        own = rows[mesh.get_local_rank()] if mesh.get_local_rank() < len(rows) else value[:0]
+        copy = own.to(parameter.device, copy=True)  # not a view, which would keep the whole
+        return DTensor.from_local(
+            copy, mesh, parameter.placements, run_check=False, shape=value.shape, stride=value.stride()
+        )
 
     parts = {
         index: {key: part(value, parameters[index]) for key, value in entries.items()}
