@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fairseq.cli import generate
+from fairseq.criterions.cross_entropy import smoothed_nll
 from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.translation import TranslationData
 from fairseq.models.transformer import Transformer
@@ -27,6 +28,7 @@ from tests.training_runs import (
     load,
     start,
     train,
+    trainer_and_batches,
     updates,
     write_databin,
 )
@@ -420,3 +422,19 @@ def test_admin_is_for_post_ln(toy_databin, tmp_path, cwd, capsys, flag, init_typ
     flags = ("--init-type", init_type, flag, "--max-update", 1)
     assert_fails(capsys, 1, flag, *command_line(toy_databin, tmp_path / "run", *flags))
     assert not Path("profile.ratio.init").exists()
+
+
+def test_criterions_of_logits_train_the_same(toy_databin, monkeypatch):
+    """A criterion that is a plain function gets all logits, and gives the same updates."""
+    results = []
+    for plain in (False, True):
+        trainer, itr = trainer_and_batches(toy_databin, *SGD)
+        if plain:
+            monkeypatch.setattr(trainer, "criterion", lambda logits, target: smoothed_nll(logits, target, 0.1, 1))
+        batches = itr.updates(2)
+        for _ in range(3):
+            trainer.train_step(next(batches))
+        results.append((trainer.take_stats(), [p.detach() for p in trainer.parameters]))
+    (ours, parameters), (expected, others) = results
+    assert ours == pytest.approx(expected, rel=1e-5)
+    assert_same(parameters, others, atol=1e-5)

@@ -8,6 +8,7 @@ successive positions of one query.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -259,15 +260,25 @@ class Transformer(nn.Module):
         self.decoder = TransformerDecoder(cfg, decoder_embedding)
 
     def forward(
-        self, src_tokens: Tensor, src_lengths: Tensor | None, prev_output_tokens: Tensor
-    ) -> tuple[Tensor, dict[str, Any]]:
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor | None,
+        prev_output_tokens: Tensor,
+        head: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
         """src_tokens: (batch, src_len); src_lengths: (batch,), unused, the padding says it; prev_output_tokens:
         (batch, tgt_len), the target shifted right. Returns logits (batch, tgt_len, vocab) and
         ``{"encoder_out": EncoderOut, "features": (batch, tgt_len, dim)}``.
+
+        head: called with the features and the projection's weight (vocab, dim); what it returns comes in the logits'
+        place. A loss that makes do without all logits is computed here, where what wraps the model has the weight.
         """
         encoder_out = self.encoder(src_tokens)
         features = self.decoder(prev_output_tokens, encoder_out)
-        return self.decoder.output_projection(features), {"encoder_out": encoder_out, "features": features}
+        extra = {"encoder_out": encoder_out, "features": features}
+        if head is not None:
+            return head(features, self.decoder.output_projection.weight), extra
+        return self.decoder.output_projection(features), extra
 
 
 def _check(cfg: TransformerConfig, src_vocab: int, tgt_vocab: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -110,8 +111,8 @@ class Trainer:
             assert self.dummy_batch is not None
             batch = self.dummy_batch()
         self._seed(index)
-        loss, nll = batch_losses(self._wrapped, self.criterion, batch, self.args, self.world.device)
         scale = self.scaler.scale if self.scaler else 1.0
+        loss, nll = batch_losses(self._wrapped, self.criterion, batch, self.args, self.world.device, scale)
         (loss * (weight * scale)).backward()
         return weight * batch_sums(batch, loss.detach(), nll.detach())
 
@@ -196,11 +197,23 @@ class Trainer:
 
 
 def batch_losses(
-    model: nn.Module, criterion: Any, batch: Batch, args: Namespace, device: torch.device
+    model: nn.Module,
+    criterion: Any,
+    batch: Batch,
+    args: Namespace,
+    device: torch.device,
+    grad_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, nll) of a batch in the precision that ``args`` ask for, summed over target tokens, in nats."""
+    """(loss, nll) of a batch in the precision that ``args`` ask for, summed over target tokens, in nats.
+
+    grad_scale: what the loss will be multiplied by before its backward pass.
+    """
     batch = to_device(batch, device)
     with autocast(device, args.fp16, args.bf16):
+        if hasattr(criterion, "from_features"):
+            head = partial(criterion.from_features, target=batch["target"], grad_scale=grad_scale)
+            losses, _ = model(**batch["net_input"], head=head)
+            return losses
         logits, _ = model(**batch["net_input"])
     return criterion(logits, batch["target"])
 
