@@ -159,6 +159,7 @@ class OptimizationConfig:
     clip_norm: float = flag(0.0, "clip the gradient norm to this (0: do not clip)", least=0)
     sentence_avg: bool = flag(False, "normalise gradients by sentences instead of tokens")
     update_freq: list[int] = flag([1], "batches a process adds up before an update; a list is by epoch: 4,2,1", least=1)
+    compile: bool = flag(False, "compile the layers with torch.compile: slower to start, then faster")
     lr: list[float] = flag([0.25], "learning rate; a list is by epoch (fixed)", "--learning-rate", least=0)
 
 

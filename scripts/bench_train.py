@@ -39,6 +39,7 @@ from fairseq.training.precision import autocast
 from fairseq.training.train import build_model
 from fairseq.training.trainer import Trainer, to_device
 from fairseq.utils.io import atomic_write
+from fairseq.utils.memory import keep_freed_memory
 
 LABEL_SMOOTHING = 0.1
 COLUMNS = ("model", "tokens", "precision", "wps", "ms/step", "memory", "TFLOP/s", "MFU", "padding", "start-up")
@@ -189,6 +190,8 @@ def _fairseq_batches(data: TranslationData, max_tokens: int, count: int, args: N
 
 
 def _trainer(args: Namespace, data: TranslationData, device: torch.device) -> Callable[[Batch], Any]:
+    if device.type == "cpu":
+        keep_freed_memory()  # as fairseq-train does
     trainer = Trainer(args, build_model(args, len(data.src_dict), len(data.tgt_dict)), World(0, 1, device))
     return lambda batch: trainer.train_step([batch])
 

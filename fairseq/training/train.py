@@ -17,6 +17,7 @@ from fairseq.training.distributed import World
 from fairseq.training.logging import TrainLog, choose_log_format
 from fairseq.training.profiling import profile_to_file
 from fairseq.training.run import TrainingRun
+from fairseq.utils.memory import keep_freed_memory
 
 logger = logging.getLogger("fairseq.train")
 
@@ -28,6 +29,8 @@ def train(args: Namespace, world: World) -> None:
     """
     if not world.is_master:
         logging.getLogger().setLevel(logging.ERROR)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     data = TranslationData.open(section(DataConfig, args))
     args.source_lang, args.target_lang = data.source_lang, data.target_lang
     with _open_log(args, world) as log:

@@ -24,6 +24,7 @@ from fairseq.models.transformer import PADDING_IDX, Transformer
 from fairseq.options import MemoryConfig, OptimizationConfig, TrainLogConfig, section
 from fairseq.registry import CRITERIONS, LR_SCHEDULERS, OPTIMIZERS
 from fairseq.training.activations import apply_memory_flags
+from fairseq.training.compile import compile_layers
 from fairseq.training.distributed import World
 from fairseq.training.precision import DynamicLossScaler, autocast
 from fairseq.training.sharding import gather, local, scatter_optimizer_state
@@ -48,6 +49,8 @@ class Trainer:
         apply_memory_flags(model, section(MemoryConfig, args), world.device)
         self.model = model
         self.cfg: OptimizationConfig = section(OptimizationConfig, args)
+        if args.compile:
+            compile_layers([*model.encoder.layers, *model.decoder.layers])  # type: ignore[union-attr, misc]
         self._wrapped = world.average_gradients(self.model, args.ddp_backend, args.bucket_cap_mb)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._sharded = any(isinstance(p, DTensor) for p in self.parameters)

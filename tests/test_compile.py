@@ -1,0 +1,52 @@
+"""``--compile``: the same losses, the same names, and a way on when the compiler fails."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from fairseq.training.compile import compile_layers
+from tests.training_runs import SGD, trainer_and_batches
+
+
+def _losses(databin, *flags):
+    trainer, itr = trainer_and_batches(databin, *SGD, *flags)
+    batches, losses = itr.updates(1), []
+    for _ in range(4):
+        trainer.train_step(next(batches))
+        losses.append(trainer.take_stats()["loss"])
+    return losses, set(trainer.model.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init_type", ["adaptive", "b2t"])
+def test_compiled_layers_train_the_same(toy_databin, init_type):
+    torch.compiler.reset()
+    flags = ("--init-type", init_type, "--encoder-layers", 2, "--decoder-layers", 2)
+    expected, names = _losses(toy_databin, *flags)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    losses, compiled_names = _losses(toy_databin, *flags, "--compile")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert compiled_names == names
+    assert 2 <= graphs <= 4  # not one a layer and shape
+
+
+def test_a_failing_compiler_is_said_once(caplog):
+    layers = [torch.nn.Linear(2, 2) for _ in range(3)]
+    x = torch.ones(1, 2)
+    expected = [layer(x) for layer in layers]
+    compile_layers(layers)
+
+    def fail(*args):
+        raise RuntimeError("no compiler found\nand more")
+
+    for layer in layers:
+        layer._compiled_call_impl._compiled = fail
+    with caplog.at_level(logging.WARNING):
+        assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True))
+    assert [record.message for record in caplog.records] == [
+        "--compile failed, going on without: RuntimeError: no compiler found"
+    ]
