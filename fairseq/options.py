@@ -59,6 +59,7 @@ class LogConfig:
 class TrainLogConfig:
     """Where training logs go besides the terminal, and loss scaling."""
 
+    log_memory: bool = flag(False, "log the most memory used so far, mem_gb, on the CPU too; on a GPU it always is")
     log_file: str | None = flag(None, "append the log to this file too", metavar="FILE")
     tensorboard_logdir: str | None = flag(None, "write TensorBoard event files here", metavar="DIR")
     wandb_project: str | None = flag(None, "log to this Weights & Biases project", metavar="NAME")

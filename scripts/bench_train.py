@@ -12,7 +12,6 @@ import json
 import math
 import multiprocessing
 import platform
-import resource
 import sys
 import time
 from argparse import Namespace
@@ -39,7 +38,7 @@ from fairseq.training.precision import autocast
 from fairseq.training.train import build_model
 from fairseq.training.trainer import Trainer, to_device
 from fairseq.utils.io import atomic_write
-from fairseq.utils.memory import keep_freed_memory
+from fairseq.utils.memory import keep_freed_memory, peak_memory
 
 LABEL_SMOOTHING = 0.1
 COLUMNS = ("model", "tokens", "precision", "wps", "ms/step", "memory", "TFLOP/s", "MFU", "padding", "start-up")
@@ -109,7 +108,7 @@ def _measure(args: Namespace, started: float, kind: str, arch: str, max_tokens: 
     count = args.warmup + args.updates
     batches = (_fairseq_batches if kind == "baseline" else _our_batches)(data, max_tokens, count, train_args)
     step = (_plain_loop if kind == "baseline" else _trainer)(train_args, data, device)
-    before = _memory(device)
+    before = peak_memory(device)
     seconds, start_up = 0.0, 0.0
     for i, batch in enumerate(batches):
         if i == args.warmup:
@@ -124,7 +123,7 @@ def _measure(args: Namespace, started: float, kind: str, arch: str, max_tokens: 
     return _row(kind, train_args, data, device, batches[args.warmup :], seconds) | {
         "precision": precision,
         "startup_seconds": start_up,
-        "memory_gb": _memory(device) if device.type == "cuda" else _memory(device) - before,
+        "memory_gb": peak_memory(device) if device.type == "cuda" else peak_memory(device) - before,
     }
 
 
@@ -269,14 +268,6 @@ def _plain_loop(args: Namespace, data: TranslationData, device: torch.device) ->
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _memory(device: torch.device) -> float:
-    """Most memory used so far, in GB: of a GPU, or this process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _print_header(args: Namespace) -> None:

@@ -40,6 +40,9 @@ _DIGITS: dict[str, int | None] = {
     "gnorm": 3,
     "clip": 1,
     "loss_scale": 4,
+    "mem_gb": 2,
+    "tflops": None,
+    "mfu": 1,
     "train_wall": 0,
     "wall": 0,
 }
@@ -65,7 +68,7 @@ class Averages:
 
         loss, nll_loss: in nats; sample_size: what loss is divided by (target tokens, or sentences with
         ``--sentence-avg``); ntokens, nsentences. Training alone: updates; gnorm, the sum of their gradient norms before
-        clipping; clip, how many were clipped.
+        clipping; clip, how many were clipped. flops, if known: this process's model FLOPs.
         """
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -91,6 +94,8 @@ class Averages:
                 "gnorm": sums["gnorm"] / updates,
                 "clip": 100 * sums["clip"] / updates,
             }
+        if "flops" in sums:
+            stats["tflops"] = sums["flops"] / seconds / 1e12
         return stats
 
     def state_dict(self) -> dict[str, float]:

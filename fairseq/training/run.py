@@ -13,18 +13,20 @@ from torch import Tensor
 from fairseq import admin
 from fairseq.checkpoint import check_languages, load_parameters, starting_omega
 from fairseq.data.batching import EpochBatchIterator
-from fairseq.data.translation import TranslationData
+from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.models.state_dict import from_fairseq, to_fairseq
 from fairseq.models.transformer import Transformer
 from fairseq.options import CheckpointConfig, section
 from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.distributed import World
+from fairseq.training.flops import device_peak_flops, training_flops
 from fairseq.training.logging import Averages, TrainLog
 from fairseq.training.profiling import start_omega
 from fairseq.training.sharding import whole_parameters
 from fairseq.training.trainer import Trainer
 from fairseq.training.validation import Validator
+from fairseq.utils.memory import peak_memory
 
 logger = logging.getLogger("fairseq.train")
 
@@ -56,6 +58,8 @@ class TrainingRun:
         self.train_wall = 0.0  # seconds spent in updates, in earlier runs too
         self.bad_validations = 0  # in a row without a better metric
         self.interval_stats, self.epoch_stats = Averages(), Averages()
+        self.peak_flops = device_peak_flops(world.device)  # None: not known, and FLOPs are not counted
+        self.vocab = len(data.tgt_dict)
         self.checkpoints = CheckpointManager(section(CheckpointConfig, args))
         state, path, parameters_only = self.checkpoints.load()
         if state is not None:
@@ -148,6 +152,7 @@ class TrainingRun:
                 began = time.monotonic()
                 updated = trainer.train_step(micro_batches)
                 self.train_wall += time.monotonic() - began
+                self._count_flops(micro_batches)
                 if not updated:
                     scale = trainer.scaler.scale if trainer.scaler else 1.0
                     logger.info(f"gradients overflow: update skipped, loss scale now {scale:g}")
@@ -162,6 +167,17 @@ class TrainingRun:
         itr.next_epoch()
         trainer.epoch = itr.epoch
         return self._after_update(epoch, end_of_epoch=True)
+
+    def _count_flops(self, micro_batches: list[Batch | None]) -> None:
+        if self.peak_flops is None:
+            return
+        for batch in micro_batches:
+            if batch is not None:
+                src_tokens = int(batch["net_input"]["src_lengths"].sum())
+                size = batch["nsentences"], src_tokens, batch["ntokens"]
+                flops = {"flops": training_flops(self.trainer.model.cfg, self.vocab, *size)}  # type: ignore[arg-type]
+                self.interval_stats.add(flops)
+                self.epoch_stats.add(flops)
 
     def _take_stats(self) -> None:
         """Fetch what the updates have added up to. Raises FairseqError when the loss was not finite."""
@@ -178,6 +194,10 @@ class TrainingRun:
         stats = averages.stats() | {"lr": self.trainer.lr}
         if self.trainer.scaler is not None:
             stats["loss_scale"] = self.trainer.scaler.scale
+        if self.peak_flops and "tflops" in stats:
+            stats["mfu"] = 100 * stats["tflops"] * 1e12 / self.peak_flops
+        if self.args.log_memory or self.world.device.type == "cuda":
+            stats["mem_gb"] = peak_memory(self.world.device)
         return stats | {"train_wall": self.train_wall, "wall": self._wall()}
 
     def _after_update(self, epoch: int, end_of_epoch: bool = False) -> str:
