@@ -28,12 +28,12 @@ class _Fallback:
     def __init__(self, layer: nn.Module, layers: list[nn.Module]) -> None:
         self._layer, self._layers, self._compiled = layer, layers, layer._compiled_call_impl
 
-    def __call__(self, *args: object) -> object:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         try:
-            return self._compiled(*args)  # type: ignore[misc]
+            return self._compiled(*args, **kwargs)  # type: ignore[misc]
         except Exception as error:  # one that is not the compiler's comes again
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             logger.warning(f"--compile failed, going on without: {type(error).__name__}: {reason}")
             for layer in self._layers:
                 layer._compiled_call_impl = None
-            return self._layer._call_impl(*args)
+            return self._layer._call_impl(*args, **kwargs)
