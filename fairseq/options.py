@@ -297,6 +297,22 @@ class InteractiveConfig:
 
 
 @dataclass
+class ServeConfig:
+    """``fairseq-interactive`` as a web page."""
+
+    serve: str | None = flag(
+        None,
+        "serve a web page and a JSON interface instead (alone: on 127.0.0.1:8000)",
+        metavar="HOST:PORT",
+        const="127.0.0.1:8000",
+    )
+    model: list[str] = flag(
+        [], "a model to choose on the page; may be given several times", metavar="NAME=FILE[:FILE]", repeat=True
+    )
+    serve_timeout: float = flag(30.0, "longest a request may take, in seconds", least=0.1)
+
+
+@dataclass
 class ScoreConfig:
     """What ``fairseq-score`` compares, and how."""
 
@@ -444,6 +460,7 @@ INTERACTIVE_SECTIONS: tuple[tuple[type, str], ...] = (
     (DataConfig, "data and batches"),
     (ModelPathConfig, "model"),
     (InteractiveConfig, "input"),
+    (ServeConfig, "web page"),
     (GenerationConfig, "search"),
     (TextConfig, "text"),
     (CommonConfig, "common"),

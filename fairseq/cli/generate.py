@@ -44,7 +44,7 @@ def parse_generation_args(
     args = parse_args(prog, description, sections, argv)
     try:
         check_generation_config(section(GenerationConfig, args))
-        if not args.path:
+        if not args.path and not getattr(args, "model", None):
             raise FairseqError("--path FILE is missing: the checkpoint to translate with")
         if args.fp16 and args.bf16:
             raise FairseqError("--fp16 and --bf16 contradict each other; give one")

@@ -1,4 +1,4 @@
-"""``fairseq-interactive``: translate raw text, line by line, from standard input or a file."""
+"""``fairseq-interactive``: translate raw text, line by line, at a prompt, from a pipe or a file, or on a web page."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from typing import IO
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import IO, Any
 
 from torch import Tensor
 
 from fairseq.cli import command
 from fairseq.cli.generate import parse_generation_args, text_format, text_pipeline
+from fairseq.data.dictionary import post_process
 from fairseq.data.translation import TranslationData
 from fairseq.errors import FairseqError
 from fairseq.generation.output import TextFormat
 from fairseq.generation.translate import Translation, encode_source, open_models_and_data, translate_ids
-from fairseq.options import INTERACTIVE_SECTIONS, GenerationConfig, section
+from fairseq.interactive import prompt
+from fairseq.models.hub import TransformerModel
+from fairseq.options import INTERACTIVE_SECTIONS, GenerationConfig, ServeConfig, make_parser, section
 from fairseq.training.distributed import choose_device
 from fairseq.utils.memory import keep_freed_memory
 
@@ -28,10 +33,78 @@ logger = logging.getLogger(__name__)
 @command
 def main(argv: list[str] | None = None) -> None:
     """Parse, read, translate, print."""
-    description = "Translate raw text, one sentence a line, from standard input or a file."
+    description = "Translate raw text, one sentence a line: a prompt on a terminal, else standard input or a file."
     args = parse_generation_args("fairseq-interactive", description, INTERACTIVE_SECTIONS, argv)
     cfg: GenerationConfig = section(GenerationConfig, args)
+    try:
+        named = _named_models(args)
+    except FairseqError as error:
+        make_parser("fairseq-interactive", description, INTERACTIVE_SECTIONS).error(str(error))
     keep_freed_memory()
+    if args.serve is not None:
+        _serve(args, named)
+    elif args.input == "-" and sys.stdin.isatty() and sys.stdout.isatty():
+        model, settings = _text_model(args, args.path), _settings(args)
+        summed = cfg.unnormalized or cfg.lenpen != 1
+        score_name = "log-probabilities, base 2" if summed else "mean log-probability of a token, base 2"
+        prompt.run(model, lambda line: model.generate(line, **settings), cfg.print_alignment, score_name)
+    else:
+        _translate_lines(args, cfg)
+
+
+def _named_models(args: Namespace) -> dict[str, str]:
+    """Paths by name, as ``--model`` and ``--path`` give them. Raises FairseqError for flags that contradict."""
+    if args.serve is None:
+        for given, name in (
+            (args.model, "--model"),
+            (args.serve_timeout != ServeConfig.serve_timeout, "--serve-timeout"),
+        ):
+            if given:
+                raise FairseqError(f"{name} does nothing without --serve")
+        return {}
+    if args.input != "-" or args.buffer_size > 1:
+        raise FairseqError("--serve reads no lines; leave --input and --buffer-size out")
+    named = {"+".join(Path(part).name for part in args.path.split(":")): args.path} if args.path else {}
+    for item in args.model:
+        name, equals, path = item.partition("=")
+        if not (name and equals and path):
+            raise FairseqError(f"--model {item}: not NAME=FILE, such as Admin=checkpoints/checkpoint_best.pt")
+        if name in named:
+            raise FairseqError(f"--model {item}: there is a model of this name already")
+        named[name] = path
+    return named
+
+
+def _serve(args: Namespace, named: dict[str, str]) -> None:
+    try:
+        from fairseq.interactive import server
+    except ModuleNotFoundError as error:
+        raise FairseqError(
+            f"--serve needs {error.name}, which is not installed: pip install 'transformer-clinic[serve]'"
+        ) from error
+    with server.bind(args.serve) as sock:  # before models load, which takes time: the port may be taken
+        models = {name: _text_model(args, path) for name, path in named.items()}
+        server.run(sock, models, _settings(args), args.serve_timeout)
+
+
+def _text_model(args: Namespace, path: str) -> TransformerModel:
+    """The model or ensemble ``path`` with the text flags' way from raw text and back."""
+    models, data = open_models_and_data(Namespace(**(vars(args) | {"path": path})), choose_device(args.cpu))
+    pipeline = text_pipeline(args, data)
+    decode = pipeline.decode
+    pipeline = replace(pipeline, decode=lambda tokens: decode(post_process(tokens, args.post_process)))
+    languages = {"source_lang": data.source_lang, "target_lang": data.target_lang}
+    return TransformerModel(models, data.src_dict, data.tgt_dict, pipeline, **languages)
+
+
+def _settings(args: Namespace) -> dict[str, Any]:
+    """What the flags say to ``TransformerModel.generate``."""
+    names = ("max_tokens", "batch_size", "seed", "max_source_positions", "truncate_source")
+    return asdict(section(GenerationConfig, args)) | {name: getattr(args, name) for name in names}
+
+
+def _translate_lines(args: Namespace, cfg: GenerationConfig) -> None:
+    """Standard input or a file to fairseq's output lines, a buffer at a time."""
     models, data = open_models_and_data(args, choose_device(args.cpu))
     pipeline = text_pipeline(args, data)
     text = text_format(args, data, pipeline)

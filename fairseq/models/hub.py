@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from fairseq.checkpoint import check_dictionaries
-from fairseq.data.dictionary import Dictionary
+from fairseq.data.dictionary import EOS, Dictionary
 from fairseq.data.encoders import TextPipeline, make_text_pipeline
 from fairseq.data.translation import infer_languages, load_dictionaries
 from fairseq.errors import FairseqError
-from fairseq.generation.output import TextFormat, load_alignment_dictionary
+from fairseq.generation.beam_search import Hypothesis
+from fairseq.generation.output import TextFormat, in_base_2, load_alignment_dictionary
 from fairseq.generation.translate import encode_source, languages_of, load_ensemble, longest_source, translate_ids
 from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
 
-# nbest and print_alignment make no difference to translate's result
-_SEARCH_SETTINGS = {field.name for field in fields(GenerationConfig)} - {"nbest", "print_alignment"}
+_SEARCH_SETTINGS = {field.name for field in fields(GenerationConfig)}
+_alignment_dictionary = functools.lru_cache(maxsize=4)(load_alignment_dictionary)
+
+
+@dataclass
+class TextHypothesis:
+    """One translation of a sentence.
+
+    text: detokenised. score: base 2, the mean log-probability of a token unless lenpen or unnormalized say otherwise.
+    tokens: the model's, ``</s>`` included; token_scores: the log-probability of each, base 2. attention: (src_len,
+    tgt_len), over the source's tokens, ``</s>`` included, averaged over heads and models; None unless asked for.
+    """
+
+    text: str
+    score: float
+    tokens: list[str]
+    token_scores: list[float]
+    attention: Tensor | None
+
+
+@dataclass
+class TextTranslation:
+    """A sentence's translations, best first.
+
+    source_tokens: what the model has read, ``</s>`` included. unknown: those of them that it does not know.
+    """
+
+    source_tokens: list[str]
+    unknown: list[str]
+    hypotheses: list[TextHypothesis]
 
 
 class TransformerModel:
@@ -31,12 +63,21 @@ class TransformerModel:
     """
 
     def __init__(
-        self, models: Sequence[Transformer], src_dict: Dictionary, tgt_dict: Dictionary, pipeline: TextPipeline
+        self,
+        models: Sequence[Transformer],
+        src_dict: Dictionary,
+        tgt_dict: Dictionary,
+        pipeline: TextPipeline,
+        *,
+        source_lang: str | None = None,
+        target_lang: str | None = None,
     ) -> None:
         self.models = list(models)
         self.src_dict = src_dict
         self.tgt_dict = tgt_dict
         self.pipeline = pipeline
+        self.source_lang = source_lang
+        self.target_lang = target_lang
 
     @classmethod
     def from_pretrained(
@@ -76,7 +117,7 @@ class TransformerModel:
             bpe_codes=None if bpe_codes is None else str(root / bpe_codes),
             sentencepiece_model=None if sentencepiece_model is None else str(root / sentencepiece_model),
         )
-        return cls(models, src_dict, tgt_dict, pipeline)
+        return cls(models, src_dict, tgt_dict, pipeline, source_lang=src, target_lang=tgt)
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +142,23 @@ class TransformerModel:
     def translate(self, sentences: str, beam: int = ..., **settings: Any) -> str: ...
     @overload
     def translate(self, sentences: list[str], beam: int = ..., **settings: Any) -> list[str]: ...
-    def translate(
+    def translate(self, sentences: str | list[str], beam: int = 5, **settings: Any) -> str | list[str]:
+        """The best translation of raw text; a string gives a string, a list gives a list. A blank sentence stays blank.
+
+        settings: as ``generate``'s, but for nbest and print_alignment. Raises FairseqError as ``generate`` does.
+        """
+        for name in ("nbest", "print_alignment"):
+            if name in settings:
+                raise FairseqError(f"translate: '{name}' makes no difference to its result; use generate")
+        lines = [sentences] if isinstance(sentences, str) else sentences
+        results = [found.hypotheses[0].text for found in self.generate(lines, beam, nbest=1, **settings)]
+        return results[0] if isinstance(sentences, str) else results
+
+    @overload
+    def generate(self, sentences: str, beam: int = ..., **settings: Any) -> TextTranslation: ...
+    @overload
+    def generate(self, sentences: list[str], beam: int = ..., **settings: Any) -> list[TextTranslation]: ...
+    def generate(
         self,
         sentences: str | list[str],
         beam: int = 5,
@@ -109,27 +166,52 @@ class TransformerModel:
         max_tokens: int | None = None,
         batch_size: int | None = None,
         seed: int = 1,
+        ids: Sequence[int] | None = None,
+        max_source_positions: int = 2**30,
+        truncate_source: bool = False,
         **settings: Any,
-    ) -> str | list[str]:
-        """Translate raw text; a string gives a string, a list gives a list. A blank sentence stays blank.
+    ) -> TextTranslation | list[TextTranslation]:
+        """The n best translations of raw text with scores and, with print_alignment=True, attention.
 
-        settings: those of the search by ``fairseq-generate``'s names, such as lenpen=0.6, sampling=True. max_tokens,
-        batch_size: source tokens and sentences in a batch. Raises FairseqError for a setting that does not exist or is
-        out of range, and for a sentence that is longer than the models read.
+        settings: those of the search by ``fairseq-generate``'s names, such as lenpen=0.6, sampling=True; nbest is beam
+        if not given. max_tokens, batch_size: source tokens and sentences in a batch. ids: their numbers, in errors and
+        for sampling (default: 0, 1, ...). truncate_source: cut sentences of more tokens than the models read, or than
+        max_source_positions. Raises FairseqError for a setting that does not exist or is out of range, and for a
+        sentence that is too long.
         """
         unknown = settings.keys() - _SEARCH_SETTINGS
         if unknown:
-            raise FairseqError(f"translate: '{min(unknown)}' is no setting of the search")
-        cfg = GenerationConfig(beam=beam, **settings)
-        replace_unk = None if cfg.replace_unk is None else load_alignment_dictionary(cfg.replace_unk)
+            raise FairseqError(f"'{min(unknown)}' is no setting of the search")
+        cfg = GenerationConfig(beam=beam, **({"nbest": beam} | settings))
+        replace_unk = None if cfg.replace_unk is None else _alignment_dictionary(cfg.replace_unk)
         text = TextFormat(self.src_dict, self.tgt_dict, alignment_dictionary=replace_unk)
         lines = [sentences] if isinstance(sentences, str) else sentences
         words = [self.pipeline.encode(line).split() for line in lines]
-        longest = longest_source(self.models)
-        ids = [encode_source(line, self.src_dict, longest, f"sentence {i}") for i, line in enumerate(words)]
-        translations = translate_ids(self.models, ids, cfg, max_tokens=max_tokens, batch_size=batch_size, seed=seed)
-        results = [
-            self.pipeline.decode(text.hypothesis(translation.hypotheses[0], line))
-            for translation, line in zip(translations, words, strict=True)
+        longest = longest_source(self.models, max_source_positions)
+        numbers = range(len(lines)) if ids is None else ids
+        names = ["the sentence"] if isinstance(sentences, str) else [f"sentence {number}" for number in numbers]
+        encoded = [
+            encode_source(line, self.src_dict, longest, name, truncate_source)
+            for line, name in zip(words, names, strict=True)
         ]
+        translations = translate_ids(
+            self.models, encoded, cfg, ids=numbers, max_tokens=max_tokens, batch_size=batch_size, seed=seed
+        )
+        results = []
+        for translation, line in zip(translations, words, strict=True):
+            read = line[: len(translation.src_tokens) - 1]
+            hypotheses = [self._as_text(hypothesis, read, text, cfg) for hypothesis in translation.hypotheses]
+            unknown_words = [word for word in dict.fromkeys(read) if word not in self.src_dict]
+            results.append(TextTranslation([*read, EOS], unknown_words, hypotheses))
         return results[0] if isinstance(sentences, str) else results
+
+    def _as_text(
+        self, hypothesis: Hypothesis, src_words: list[str], text: TextFormat, cfg: GenerationConfig
+    ) -> TextHypothesis:
+        return TextHypothesis(
+            self.pipeline.decode(text.hypothesis(hypothesis, src_words)),
+            in_base_2(hypothesis.score),
+            [self.tgt_dict[index] for index in hypothesis.tokens.tolist()],
+            [score / math.log(2) for score in hypothesis.positional_scores.tolist()],
+            hypothesis.attention if cfg.print_alignment else None,
+        )

@@ -24,6 +24,7 @@ def flag(
     metavar: str | None = None,
     positional: bool = False,
     const: Any = None,
+    repeat: bool = False,
     least: float | None = None,
     most: float | None = None,
     below: float | None = None,
@@ -32,7 +33,8 @@ def flag(
 
     aliases: other spellings, such as ``-s`` or an older ``--max-sentences``; they also name the field in old
     checkpoints. choices: allowed values, or a function that lists them when the parser is built. const: the value of
-    the flag when it stands alone. least, most, below: bounds of a number, or of each number in a list.
+    the flag when it stands alone. repeat: the flag may be given several times, an item of a list each. least, most,
+    below: bounds of a number, or of each number in a list.
     """
     metadata = {
         "help": help,
@@ -41,6 +43,7 @@ def flag(
         "metavar": metavar,
         "positional": positional,
         "const": const,
+        "repeat": repeat,
         "bounds": (least, most, below),
     }
     if isinstance(default, (list, dict)):
@@ -140,6 +143,8 @@ def add_flags(
             settings["help"] += f" (default: {shown})".replace("%", "%%")
         if hints[field.name] is bool and default is False:
             settings["action"] = "store_true"
+        elif meta["repeat"]:
+            settings |= {"action": "append", "metavar": meta["metavar"]}
         else:
             settings["type"] = _bounded(_parser_of(hints[field.name]), *meta["bounds"])
             settings["choices"] = choices
