@@ -67,13 +67,12 @@ class Page:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def wait_for(self, expression: str) -> Any:
-        """The value of a JavaScript expression once it is true."""
+    def wait_for(self, expression: str) -> None:
+        """Returns once a JavaScript expression is true."""
         end = time.monotonic() + SECONDS
-        while not (value := self.evaluate(expression)):
-            assert time.monotonic() < end, f"{expression} stays {value!r}"
+        while not self.evaluate(f"!!({expression})"):
+            assert time.monotonic() < end, f"not true: {expression}"
             time.sleep(0.05)
-        return value
 
     def open(self, url: str, width: int = 1200, height: int = 800, dark: bool = False) -> None:
         """Load ``url`` in a window of this size in CSS pixels; a narrow one is a phone."""

@@ -71,6 +71,52 @@ def test_settings_reach_the_search(directory):
     assert model.translate("a b", seed=1, **sample) != model.translate("a b", seed=2, **sample)
 
 
+def test_generate_agrees_with_the_saved_output(shared):
+    """H- lines of the original are score and hypothesis, P- lines the scores of tokens, both in base 2."""
+    model = TransformerModel.from_pretrained(
+        shared / "reference",
+        "fairseq012_tiny.pt",
+        "multi30k-databin",
+        bpe="subword_nmt",
+        bpe_codes="multi30k-databin/bpe.codes",
+    )
+    lines = (shared / "reference" / "fairseq012_tiny.generate.txt").read_text(encoding="utf-8").splitlines()
+    saved = {line.split("\t")[0]: line.split("\t")[1:] for line in lines if re.match(r"[SHP]-\d+\t", line)}
+    numbers = [n for n in range(40) if "<unk>" not in saved[f"S-{n}"][0] and "&" not in saved[f"S-{n}"][0]][:10]
+    found = model.generate([saved[f"S-{n}"][0] for n in numbers], nbest=1)
+    for number, translation in zip(numbers, found, strict=True):
+        score, text = saved[f"H-{number}"]
+        (best,) = translation.hypotheses
+        assert (best.text, best.attention) == (text, None)
+        assert best.score == pytest.approx(float(score), abs=1e-3)
+        assert best.token_scores == pytest.approx([float(p) for p in saved[f"P-{number}"][0].split()], abs=1e-3)
+        assert len(best.tokens) == len(best.token_scores) and best.tokens[-1] == "</s>"
+
+
+def test_generate(directory):
+    model = TransformerModel.from_pretrained(directory)
+    assert (model.source_lang, model.target_lang) == ("xx", "yy")
+    one = model.generate("a ? ? b", beam=3, max_len_b=9, print_alignment=True)
+    assert one.source_tokens == ["a", "?", "?", "b", "</s>"] and one.unknown == ["?"]
+    scores = [hypothesis.score for hypothesis in one.hypotheses]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+    for hypothesis in one.hypotheses:
+        assert hypothesis.score == pytest.approx(sum(hypothesis.token_scores) / len(hypothesis.tokens), abs=1e-5)
+        assert hypothesis.attention.shape == (5, len(hypothesis.tokens))
+        assert torch.allclose(hypothesis.attention.sum(0), torch.ones(len(hypothesis.tokens)))
+    assert one.hypotheses[0].text == model.translate("a ? ? b", beam=3, max_len_b=9)
+    several = model.generate(["a ? ? b", ""], beam=3, nbest=2, max_len_b=9)
+    assert [h.score for h in several[0].hypotheses] == pytest.approx(scores[:2])
+    assert several[1].source_tokens == ["</s>"] and several[1].hypotheses[0].text == ""
+    assert len(model.generate("a " * 2000, truncate_source=True, max_source_positions=7, beam=1).source_tokens) == 7
+    with pytest.raises(FairseqError, match="sentence 8: 3 tokens, and the model reads at most 2"):
+        model.generate(["a", "b c"], ids=[7, 8], max_source_positions=2)
+    with pytest.raises(FairseqError, match="'nbest' makes no difference"):
+        model.translate("a", nbest=2)
+    with pytest.raises(FairseqError, match="--nbest 3"):
+        model.generate("a", beam=2, nbest=3)
+
+
 def test_ensemble_absolute_data_path_and_languages(directory):
     write_toy_checkpoint(toy_model(2), directory / "other.pt")
     both = TransformerModel.from_pretrained(

@@ -66,6 +66,7 @@ def run(
         lifespan="off",
         ws="none",
     )
+    sock.listen()  # from here on requests wait for their answer
     logger.info(f"serving {', '.join(models)} on http://{shown}:{port}; Ctrl-C stops")
     if not is_loopback:
         logger.warning("anyone who reaches this address can use it: there is no password and no encryption")

@@ -1,0 +1,130 @@
+"""``fairseq-interactive`` on a real terminal: a pseudo-terminal, keys in, screen out."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import stat
+import sys
+import time
+
+import pytest
+
+from fairseq.interactive import prompt
+from tests.toys import toy_model, write_toy_checkpoint, write_toy_databin
+
+pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
+CTRL_C, CTRL_D, UP = b"\x03", b"\x04", b"\x1b[A"
+
+
+class Terminal:
+    """The command in a pseudo-terminal."""
+
+    def __init__(self, arguments: list[str], **environment: str) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            settings = {"TERM": "xterm", "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-m", "fairseq.cli.interactive", *arguments]
+            os.execve(sys.executable, command, os.environ | settings | environment)
+        self.screen = ""
+
+    def read(self, until: str | None) -> str:
+        """What appears up to ``until``, or up to the end."""
+        received, end = b"", time.monotonic() + 60
+        while until is None or until.encode() not in received:
+            assert time.monotonic() < end, received
+            if not select.select([self.fd], [], [], 1)[0]:
+                continue
+            try:
+                part = os.read(self.fd, 4096)
+            except OSError:  # how Linux says that the other side has closed
+                part = b""
+            if not part:
+                break
+            received += part
+        return received.decode(errors="replace").replace("\r\n", "\n")
+
+    def say(self, keys: bytes, until: str | None = "xx> ") -> str:
+        os.write(self.fd, keys)
+        return self.read(until)
+
+    def status(self) -> int:
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self.fd)
+        return status
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> list[str]:
+    directory = tmp_path_factory.mktemp("prompt")
+    databin, path = write_toy_databin(directory / "bin"), write_toy_checkpoint(toy_model(), directory / "model.pt")
+    return [str(databin), "--path", str(path), "--max-len-b", "9", "--cpu"]
+
+
+def test_a_session_with_history(arguments, tmp_path):
+    terminal = Terminal([*arguments, "--nbest", "2"], XDG_STATE_HOME=str(tmp_path))
+    assert "Type a sentence in 'xx'" in terminal.read("xx> ")
+    answer = terminal.say(b"a b zebra\n")
+    first, second, details = answer.splitlines()[1:4]
+    assert re.fullmatch(r"yy   1  *-\d+\.\d{3}  .+", first) and re.fullmatch(r"     2  *-\d+\.\d{3}  .+", second)
+    assert re.fullmatch(r"    \d+\.\d\d s, not in the dictionary: zebra", details)
+    assert terminal.say(b"   \n").count("\n") == 1  # a blank line asks again
+    assert "the sentence: 2,001 tokens, and the model reads at most 1,024" in terminal.say(b"c " * 2000 + b"\n")
+    assert "not valid UTF-8" in terminal.say(b"\xff\xfe\n")
+    assert "\nyy   1" in terminal.say(UP + UP + b"\x7f" * 5 + b"c\n")  # edits 'a b zebra'
+    assert terminal.say(CTRL_D, None).strip() == "" and terminal.status() == 0
+    kept = tmp_path / "transformer-clinic" / "interactive_history"
+    assert kept.read_text().splitlines() == ["a b zebra", ("c " * 2000), "a b c"]
+    assert stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
+
+    terminal = Terminal(arguments, XDG_STATE_HOME=str(tmp_path))
+    terminal.read("xx> ")
+    assert re.search(r"\nyy  .+\n    score -\d+\.\d{3}, \d+\.\d\d s\n", terminal.say(UP + b"\n"))
+    assert "interrupted" in terminal.say(CTRL_C, None) and terminal.status() == 130
+
+
+def test_pasted_lines_alignment_and_a_history_that_cannot_be_written(arguments, tmp_path):
+    (tmp_path / "file").touch()
+    terminal = Terminal([*arguments, "--print-alignment"], XDG_STATE_HOME=str(tmp_path / "file"))
+    terminal.read("xx> ")
+    answer = terminal.say(b"\x1b[200~a b\nc d\x1b[201~\n")
+    assert answer.count("\nyy  ") == 2 and "error" not in answer and answer.count("→") > 2
+    assert terminal.say(CTRL_D, None).strip() == "" and terminal.status() == 0
+
+
+def test_output_to_a_pipe_stays_fairseqs(arguments, tmp_path):
+    read, write = os.pipe()
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.dup2(write, 1)
+        os.execve(sys.executable, [sys.executable, "-m", "fairseq.cli.interactive", *arguments], dict(os.environ))
+    os.close(write)
+    os.write(fd, b"a b\n" + CTRL_D)
+    with os.fdopen(read) as printed:
+        assert [line[:3] for line in printed] == ["S-0", "W-0", "H-0", "D-0", "P-0"]
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(fd)
+
+
+def test_history_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt, "HISTORY_LENGTH", 3)
+    path = tmp_path / "state" / "history"
+    for line in ["a", "b", "b", " ", "c", "d"]:
+        prompt.remember(path, line)
+    assert prompt.read_history(path) == ["b", "c", "d"]
+    path.write_bytes(b"\xff")
+    assert prompt.read_history(path) == [] == prompt.read_history(None)
+
+
+def test_where_history_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")  # the specification: ignore it
+    assert prompt.history_file() == tmp_path / ".local/state/transformer-clinic/interactive_history"
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert (
+        prompt._printable("a\x1b[2J b\x9b\t👨‍👩‍👧")
+        == "a\N{REPLACEMENT CHARACTER}[2J b" + 2 * "\N{REPLACEMENT CHARACTER}" + "👨‍👩‍👧"
+    )
