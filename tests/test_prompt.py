@@ -72,7 +72,7 @@ def test_a_session_with_history(arguments, tmp_path):
     assert terminal.say(b"   \n").count("\n") == 1  # a blank line asks again
     assert "the sentence: 2,001 tokens, and the model reads at most 1,024" in terminal.say(b"c " * 2000 + b"\n")
     assert "not valid UTF-8" in terminal.say(b"\xff\xfe\n")
-    assert "\nyy   1" in terminal.say(UP + UP + b"\x7f" * 5 + b"c\n")  # edits 'a b zebra'
+    assert "\nyy   1" in terminal.say(UP * 4 + b"\x7f" * 5 + b"c\n")  # edits the first line
     assert terminal.say(CTRL_D, None).strip() == "" and terminal.status() == 0
     kept = tmp_path / "transformer-clinic" / "interactive_history"
     assert kept.read_text().splitlines() == ["a b zebra", ("c " * 2000), "a b c"]
