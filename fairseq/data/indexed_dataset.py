@@ -32,6 +32,7 @@ DTYPES: dict[int, type[np.generic]] = {
     7: np.float64,
     8: np.uint16,
 }
+UNFINISHED = ".publishing"  # directory in a data-bin of the files that fairseq-preprocess is about to put in place
 UINT16_ENTRIES = 65_500  # a dictionary of fewer entries is stored in two bytes an id
 
 

@@ -1,21 +1,23 @@
 """Parallel text to a data-bin: dictionaries and binarised splits.
 
-All input is checked and all output written in a temporary directory before the first file of the data-bin changes.
+All input is checked and all output written in a temporary directory before the first file of the data-bin changes. A
+new data-bin appears at once, with all its files. One that grows does so file by file; if that is cut short, readers refuse
+it until ``fairseq-preprocess`` has put the other files in place.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fairseq.data.binarizer import binarize, count_lines, count_tokens
 from fairseq.data.dictionary import Dictionary
+from fairseq.data.indexed_dataset import UNFINISHED
 from fairseq.errors import FairseqError
-from fairseq.utils.io import fsync_directory
+from fairseq.utils.io import fsync_directory, locked_directory, temporary_directory
 
 if TYPE_CHECKING:
     from fairseq.options import PreprocessConfig
@@ -32,20 +34,18 @@ def preprocess(config: PreprocessConfig) -> None:
         _check_parallel([f"{prefix}.{language}" for language in languages])
     dictionaries = _dictionaries(config, languages)
     destdir = Path(config.destdir)
-    existed = destdir.exists()
+    _finish(destdir)
     for language, dictionary in dictionaries.items():
         _check_dictionary_fits(destdir / f"dict.{language}.txt", dictionary)
         logger.info(f"[{language}] dictionary: {len(dictionary):,} types")
     try:
-        destdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=destdir, prefix=".preprocess.") as temporary:
-            _write(config, splits, dictionaries, Path(temporary))
-            _publish(Path(temporary), destdir)
+        destdir.parent.mkdir(parents=True, exist_ok=True)
+        place = (destdir, "preprocess.") if destdir.exists() else (destdir.parent, f"{destdir.name}.")
+        with temporary_directory(*place) as temporary:
+            _write(config, splits, dictionaries, temporary)
+            _publish(temporary, destdir)
     except OSError as error:
         raise FairseqError(f"{destdir}: cannot write: {error.strerror or error}") from error
-    finally:
-        if not existed and destdir.is_dir() and not any(destdir.iterdir()):
-            destdir.rmdir()
     logger.info(f"wrote the data-bin {destdir}")
 
 
@@ -139,7 +139,32 @@ def _write(
 
 
 def _publish(source: Path, destdir: Path) -> None:
-    """Move finished files into place, indices last: without its index a dataset is not there."""
-    for path in sorted(source.iterdir(), key=lambda path: (path.suffix == ".idx", path.name)):
+    """Put finished files into place: all at once if there is no data-bin yet."""
+    if not destdir.exists():
+        os.rename(source, destdir)
+        fsync_directory(destdir.parent)
+        return
+    with locked_directory(destdir):
+        os.rename(source, destdir / UNFINISHED)
+        _move_files(destdir)
+
+
+def _finish(destdir: Path) -> None:
+    """Put into place what a killed process had ready for the data-bin and did not move. Raises FairseqError."""
+    if (destdir / UNFINISHED).is_dir():
+        try:
+            with locked_directory(destdir):
+                _move_files(destdir)
+        except OSError as error:
+            raise FairseqError(f"{destdir}: cannot write: {error.strerror or error}") from error
+
+
+def _move_files(destdir: Path) -> None:
+    """Move the files in ``UNFINISHED`` up, indices last: without its index a dataset is not there."""
+    unfinished = destdir / UNFINISHED
+    if not unfinished.is_dir():  # another process was faster
+        return
+    for path in sorted(unfinished.iterdir(), key=lambda path: (path.suffix == ".idx", path.name)):
         os.replace(path, destdir / path.name)
     fsync_directory(destdir)
+    unfinished.rmdir()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fairseq.data import indexed_dataset
 from fairseq.data.dictionary import Dictionary
-from fairseq.data.indexed_dataset import IndexedDataset
+from fairseq.data.indexed_dataset import UNFINISHED, IndexedDataset
 from fairseq.errors import FairseqError
 
 if TYPE_CHECKING:
@@ -170,7 +170,14 @@ def infer_languages(data_dir: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def load_dictionaries(data_dir: str | os.PathLike[str], src: str, tgt: str) -> tuple[Dictionary, Dictionary]:
-    """``dict.SRC.txt`` and ``dict.TGT.txt`` of a data-bin; one object when the two are equal."""
+    """``dict.SRC.txt`` and ``dict.TGT.txt`` of a data-bin; one object when the two are equal.
+
+    Raises FairseqError when either is not there, or the data-bin is new in part and old in part.
+    """
+    if os.path.isdir(os.path.join(data_dir, UNFINISHED)):
+        raise FairseqError(
+            f"{data_dir}: fairseq-preprocess did not get to put all files in place; give its command again"
+        )
     src_dict, tgt_dict = (Dictionary.load(os.path.join(data_dir, f"dict.{language}.txt")) for language in (src, tgt))
     return src_dict, (src_dict if src_dict == tgt_dict else tgt_dict)
 

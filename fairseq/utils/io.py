@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
@@ -27,24 +28,25 @@ def fsync_directory(path: str | os.PathLike[str]) -> None:
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path`` and rename it to ``path`` when the block ends without an exception.
 
-    mode: ``"w"`` (UTF-8, ``\\n`` line ends) or ``"wb"``. Missing parent directories are made.
-    Raises FairseqError when the file cannot be written; whatever stood at ``path`` is then untouched.
+    mode: ``"w"`` (UTF-8, ``\\n`` line ends) or ``"wb"``. Missing parent directories are made, and what a killed process
+    left of the same file is deleted. Raises FairseqError when the file cannot be written; whatever stood at ``path`` is
+    then untouched.
     """
     path = Path(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(path.parent, f"{path.name}.")
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with open(fd, mode, **text) as handle:  # type: ignore[call-overload]
+            _lock(fd)
             yield handle
             handle.flush()
-            os.fsync(handle.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
-        os.replace(temporary, path)
-        temporary = None
+            os.fchmod(fd, 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
+            os.fsync(fd)
+            os.replace(temporary, path)
+            temporary = None
         fsync_directory(path.parent)
     except OSError as error:
         raise FairseqError(f"{path}: cannot write: {error.strerror or error}") from error
@@ -65,16 +67,86 @@ def atomic_copy(source: str | os.PathLike[str], path: str | os.PathLike[str]) ->
         try:
             os.link(source, temporary)
         except OSError:
-            shutil.copyfile(source, temporary)
+            with open(source, "rb") as original, open(temporary, "xb") as copy:
+                shutil.copyfileobj(original, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
         os.replace(temporary, path)
         fsync_directory(path.parent)
     except OSError as error:
         raise FairseqError(f"{path}: cannot write: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)  # os.replace leaves it where path is the same file already
+        with contextlib.suppress(OSError):  # os.replace leaves it where path is the same file already
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_directory(parent: str | os.PathLike[str], prefix: str) -> Iterator[Path]:
+    """A directory in ``parent`` that is deleted when the block ends, unless the block has renamed it.
+
+    What killed processes left of such directories is deleted first. Raises OSError when it cannot be made.
+    """
+    remove_unfinished(parent, prefix)
+    path = Path(tempfile.mkdtemp(dir=parent, prefix=f".{prefix}", suffix=".tmp"))
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        _lock(fd)
+        os.chmod(path, 0o777 & ~_umask())
+        yield path
+    finally:
+        os.close(fd)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked_directory(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Wait until no other process is in such a block with ``path``; of no effect where directories have no locks."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        _lock(fd)
+        yield
+    finally:
+        os.close(fd)
 
 
 def remove_unfinished(directory: str | os.PathLike[str], prefix: str) -> None:
-    """Delete what a killed process left of files whose names start with ``prefix``."""
-    for path in Path(directory).glob(f".{prefix}*.tmp"):
-        path.unlink(missing_ok=True)
+    """Delete what killed processes left of files and directories whose names start with ``prefix``.
+
+    What a process is still writing stays.
+    """
+    for path in Path(directory).iterdir():
+        if not (path.name.startswith(f".{prefix}") and path.name.endswith(".tmp")) or _is_in_use(path):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _lock(fd: int) -> None:
+    """Hold an open file or directory. The system lets go of it when the process ends, however it does."""
+    with contextlib.suppress(OSError):  # some network file systems have no locks
+        fcntl.flock(fd, fcntl.LOCK_EX)
+
+
+def _is_in_use(path: Path) -> bool:
+    """Whether a living process holds ``path``, or it has just gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+    return False
