@@ -21,6 +21,7 @@ from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import from_fairseq
 from fairseq.models.transformer import Transformer
 from fairseq.utils import safe_pickle
+from fairseq.utils.archive_check import check_archive
 from fairseq.utils.flags import from_namespace
 from fairseq.utils.io import atomic_write
 
@@ -28,8 +29,11 @@ from fairseq.utils.io import atomic_write
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The checkpoint's dict, tensors on the CPU, ``args`` as a flat dict of settings, whatever fairseq wrote it.
 
-    Nothing pickled in the file is executed. Raises FairseqError when it is damaged or no fairseq checkpoint.
+    Nothing pickled in the file is executed. Raises FairseqError when it is damaged, which its checksums
+    tell, or no fairseq checkpoint.
     """
+    if Path(path).is_file():
+        check_archive(path)
     state = safe_pickle.load(path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise FairseqError(f"checkpoint {path}: not a fairseq checkpoint (no parameters under 'model')")
