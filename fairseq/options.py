@@ -173,6 +173,7 @@ class CheckpointConfig:
     finetune_from_model: str | None = flag(
         None, "start from this checkpoint's parameters alone, all else fresh", metavar="FILE"
     )
+    restore_fallback: bool = flag(False, "continue from the newest good checkpoint if checkpoint_last.pt is damaged")
     reset_dataloader: bool = flag(False, "start the data from the first epoch, whatever the checkpoint says")
     reset_lr_scheduler: bool = flag(False, "start the schedule, and the count of updates, from 0")
     reset_meters: bool = flag(False, "do not load the best metric and the training clock")
@@ -186,6 +187,9 @@ class CheckpointConfig:
     no_epoch_checkpoints: bool = flag(False, "save only the last and the best")
     no_last_checkpoints: bool = flag(False, "do not save checkpoint_last.pt")
     no_save_optimizer_state: bool = flag(False, "leave the optimiser's state out (training cannot resume)")
+    write_checkpoints_asynchronously: bool = flag(
+        True, "train on while a copy of the state, in host memory, is written", "--save-async"
+    )
     best_checkpoint_metric: str = flag("loss", "what the best checkpoint is best in", choices=METRICS)
     maximize_best_checkpoint_metric: bool = flag(False, "the largest value of that metric is the best")
     patience: int = flag(-1, "stop after N validations without a better metric (-1: never)", least=-1)

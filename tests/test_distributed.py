@@ -165,7 +165,7 @@ def test_interrupt_ends_all(toy_databin, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert errors.splitlines() == ["interrupted"]
+    assert errors.splitlines() == ["interrupted: saving a checkpoint; Ctrl-C once more ends it at once"]
     deadline = time.monotonic() + 30
     while any(os.path.exists(f"/proc/{pid}") for pid in children):
         assert time.monotonic() < deadline

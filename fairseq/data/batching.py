@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -185,6 +189,26 @@ class _Collated(Dataset[Any]):
             return error
 
 
+def _obey_parent(_: int) -> None:
+    """Make a worker deaf to signals that go to all processes of a job, which its parent may still need it after.
+
+    SIGTERM from the parent itself, which ends its workers so, ends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        while parent is None or signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def iterate_batches(
     dataset: LanguagePairDataset, batches: Sequence[np.ndarray], num_workers: int = 0, pin_memory: bool = False
 ) -> Generator[Batch, None, None]:
@@ -194,6 +218,7 @@ def iterate_batches(
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_obey_parent,
         generator=torch.Generator(),  # DataLoader draws a seed; not from the generator that dropout uses
     )
     for batch in loader:

@@ -1,4 +1,7 @@
-"""Which checkpoint files a training run writes, keeps and starts from. fairseq's names, each file written at once."""
+"""Which checkpoint files a training run writes, keeps and starts from. fairseq's names, each file written at once.
+
+Files are written beside training unless that is turned off. Old ones go when the new ones are safely there.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 from fairseq.checkpoint import load_checkpoint, save_checkpoint
 from fairseq.errors import FairseqError
 from fairseq.options import LAST, CheckpointConfig
+from fairseq.training.async_save import BackgroundWriter, to_host
 from fairseq.utils.io import atomic_copy, remove_unfinished
 
 logger = logging.getLogger("fairseq.checkpoint")
@@ -27,6 +31,7 @@ class CheckpointManager:
         self.cfg = cfg
         self.directory = Path(cfg.save_dir)
         self.best: float | None = None
+        self.writer = BackgroundWriter()  # to be waited for in the end
         if not cfg.no_save:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -59,21 +64,49 @@ class CheckpointManager:
     ) -> None:
         """Write what is due. state: makes the checkpoint's dict, called once if anything is. value: the validation
         metric just measured; is_best: what ``note`` said of it. every: also the regular files, not the best ones alone.
+
+        Returns when ``state``'s tensors may change again. Raises FairseqError when the files cannot be written, or
+        those of the call before could not.
         """
+        self.writer.wait()  # what is kept depends on the files that are there
         names = self._regular_names(epoch, end_of_epoch, updates) if every else []
         names += [BEST] * is_best
         if value is not None and self._is_kept(value):
             names.append(f"checkpoint.best_{self.cfg.best_checkpoint_metric}_{value:.4f}.pt")
         if (every or names) and not self.cfg.no_last_checkpoints:
             names.append(LAST)
-        if self.cfg.no_save or not names:
-            return
-        first = self.directory / names[0]
-        save_checkpoint(state(), first)
-        for name in names[1:]:
-            atomic_copy(first, self.directory / name)
-        logger.info(f"saved {', '.join(names)} in {self.directory} (epoch {epoch} @ {updates} updates)")
-        self._delete_old(end_of_epoch)
+        if not self.cfg.no_save and names:
+            self._write(state, names, f"epoch {epoch} @ {updates} updates", end_of_epoch)
+
+    def save_last(self, state: Callable[[], dict[str, Any]], epoch: int, updates: int) -> bool:
+        """Write ``checkpoint_last.pt`` alone, for a training that stops here; False if the flags forbid it.
+
+        Raises FairseqError when it cannot be written.
+        """
+        if self.cfg.no_save or self.cfg.no_last_checkpoints:
+            return False
+        self._write(state, [LAST], f"epoch {epoch} @ {updates} updates", end_of_epoch=False)
+        self.writer.wait()
+        return True
+
+    def _write(self, state: Callable[[], dict[str, Any]], names: list[str], where: str, end_of_epoch: bool) -> None:
+        """Write one file and give it all ``names``, then delete what is no longer kept."""
+        self.writer.wait()  # before the state is copied: there is one copy at a time
+        in_background = self.cfg.write_checkpoints_asynchronously
+        content = to_host(state()) if in_background else state()
+
+        def write() -> None:
+            first = self.directory / names[0]
+            save_checkpoint(content, first)
+            for name in names[1:]:
+                atomic_copy(first, self.directory / name)
+            logger.info(f"saved {', '.join(names)} in {self.directory} ({where})")
+            self._delete_old(end_of_epoch)
+
+        if in_background:
+            self.writer.start(write)
+        else:
+            write()
 
     def _regular_names(self, epoch: int, end_of_epoch: bool, updates: int) -> list[str]:
         cfg = self.cfg
@@ -133,8 +166,35 @@ class CheckpointManager:
         return Path(cfg.finetune_from_model), True
 
     def load(self) -> tuple[dict[str, Any] | None, Path | None, bool]:
-        """``find``'s file read, its path, and whether only its parameters count; Nones if there is none."""
+        """``find``'s file read, its path, and whether only its parameters count; Nones if there is none.
+
+        When ``checkpoint_last.pt`` is damaged, the newest good file in its place with ``--restore-fallback``; else raises
+        FairseqError that names it.
+        """
         path, parameters_only = self.find()
         if path is None:
             return None, None, False
-        return load_checkpoint(path), path, parameters_only
+        try:
+            return load_checkpoint(path), path, parameters_only
+        except FairseqError as error:
+            state, good = self._newest_good() if path == self.directory / LAST else (None, None)
+            if good is None:
+                raise
+            if not self.cfg.restore_fallback:
+                raise FairseqError(
+                    f"{error}; continue from {good}, the newest good one, with --restore-fallback"
+                ) from None
+            logger.warning(f"{error}; continuing from {good}, the newest good one")
+            return state, good, False
+
+    def _newest_good(self) -> tuple[dict[str, Any] | None, Path | None]:
+        """The newest checkpoint that can be read and resumed from, ``checkpoint_last.pt`` aside, and its path."""
+        others = [path for path in self.directory.glob("checkpoint*.pt") if path.name != LAST]
+        for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
+            try:
+                state = load_checkpoint(path)
+            except FairseqError:
+                continue
+            if state.get("last_optimizer_state") is not None:
+                return state, path
+        return None, None

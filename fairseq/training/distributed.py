@@ -6,6 +6,7 @@ A process that fails ends all of them. What went wrong travels to the process th
 from __future__ import annotations
 
 import logging
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +28,7 @@ from fairseq.models.transformer import Transformer
 from fairseq.registry import import_user_dir
 from fairseq.training.logging import DATE_FORMAT, LINE_FORMAT
 from fairseq.training.sharding import shard
+from fairseq.training.signals import STOP_SIGNALS, STOP_STATUSES, exit_status
 
 # What gloo says when a process has gone; NCCL does not return, its process is ended with the others
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -123,29 +126,68 @@ def launch(main: Callable[[Namespace, World], None], args: Namespace) -> None:
 
 
 def _start_processes(main: Callable[[Namespace, World], None], args: Namespace, size: int) -> None:
-    """Run ``main`` in ``size`` new processes. Raises FairseqError when one fails, when all have been ended."""
+    """Run ``main`` in ``size`` new processes. Raises FairseqError when one fails, when all have been ended.
+
+    A signal to stop goes to all of them; SystemExit with its status follows when they have ended. A second SIGINT kills
+    them.
+    """
     address = f"tcp://127.0.0.1:{args.distributed_port or _free_port()}"
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it says which processes it ends
     errors = mp.get_context("spawn").SimpleQueue()
     processes = mp.start_processes(
         _worker, (main, args, size, address, errors), nprocs=size, join=False, start_method="spawn"
     )
+    received: list[int] = []
+
+    def forward(signum: int, _: FrameType | None) -> None:
+        if signum == signal.SIGINT and signum in received:
+            for process in processes.processes:
+                process.kill()
+            raise KeyboardInterrupt
+        received.append(signum)
+        for process in processes.processes:
+            process.terminate()  # a terminal sends SIGINT to all of them itself, and two would end them at once
+
+    previous = {s: signal.signal(s, forward) for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN}
+    ended: list[Any] = []
     try:
+        _wait_for(processes.processes, ended)
         while not processes.join():
             pass
     except mp.ProcessExitedException as error:
+        stops = [process.exitcode for process in processes.processes if process.exitcode in STOP_STATUSES]
         if not errors.empty():
             raise FairseqError(errors.get()) from None
+        if received or stops:
+            raise SystemExit(exit_status(received[0]) if received else stops[0]) from None
         for rank, process in enumerate(processes.processes):
             if process.exitcode == _INTERRUPTED:
                 raise KeyboardInterrupt from None
-            if process.exitcode < 0 and process.exitcode != -signal.SIGTERM:  # that one is how the others are ended
+            if process.exitcode < 0 and process not in ended:
                 name = signal.Signals(-process.exitcode).name
                 raise FairseqError(f"process {rank} of {size} was ended by signal {name}") from None
         raise FairseqError(f"process {error.error_index} of {size} ended with status {error.exit_code}") from None
     finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
         for process in processes.processes:
-            process.terminate()
+            process.kill()
+
+
+def _wait_for(processes: list[Any], ended: list[Any]) -> None:
+    """Return when all processes have ended. When one fails, kill the others, which may wait for it for ever.
+
+    ended: filled with those that were killed.
+    """
+    running = list(processes)
+    while running:
+        multiprocessing.connection.wait([process.sentinel for process in running])
+        done = [process for process in running if not process.is_alive()]
+        running = [process for process in running if process not in done]
+        if not ended and any(process.exitcode not in (0, *STOP_STATUSES) for process in done):
+            ended += running
+            for process in running:
+                process.kill()
 
 
 def _free_port() -> int:
@@ -172,6 +214,8 @@ def _worker(
         errors.put(str(error))
     except KeyboardInterrupt:
         status = _INTERRUPTED
+    except SystemExit as stop:
+        status = int(stop.code or 0)
     except Exception as error:
         traceback.print_exc()
         errors.put(f"process {rank} of {size} failed: {type(error).__name__}: {error}"[:1000])
@@ -196,5 +240,8 @@ def _run(
     except RuntimeError as error:
         if any(reason in str(error) for reason in _LOST):
             raise _LostOthers(f"process {rank} of {size} has lost the others, one of which failed") from error
+        raise
+    except SystemExit:  # all processes stop for a signal
+        dist.destroy_process_group()
         raise
     dist.destroy_process_group()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ from fairseq.training.flops import device_peak_flops, training_flops
 from fairseq.training.logging import Averages, TrainLog
 from fairseq.training.profiling import start_omega
 from fairseq.training.sharding import whole_parameters
+from fairseq.training.signals import StopSignals, exit_status
 from fairseq.training.trainer import Trainer
-from fairseq.training.validation import Validator
+from fairseq.training.validation import ValidationInterrupted, Validator
 from fairseq.utils.memory import peak_memory
 
 logger = logging.getLogger("fairseq.train")
@@ -57,6 +60,9 @@ class TrainingRun:
         self.previous_time = 0.0  # seconds that earlier runs of this training took
         self.train_wall = 0.0  # seconds spent in updates, in earlier runs too
         self.bad_validations = 0  # in a row without a better metric
+        self.signals = StopSignals(world)
+        self.stopped_by = 0  # a signal
+        self.unfinished: tuple[int, bool] | None = None  # of _after_update, where a signal stopped the run before
         self.interval_stats, self.epoch_stats = Averages(), Averages()
         self.peak_flops = device_peak_flops(world.device)  # None: not known, and FLOPs are not counted
         self.vocab = len(data.tgt_dict)
@@ -75,6 +81,7 @@ class TrainingRun:
             self._resume(state, path)
         subsets = [] if args.disable_validation else args.valid_subset.split(",")
         self.validator = Validator(args, world, data, model, self.trainer.criterion, subsets)
+        self.validator.interrupted = lambda: self.signals.received != 0
 
     def _resume(self, state: dict[str, Any], path: Path | None) -> None:
         """Take over what the ``--reset-*`` flags leave of a checkpoint besides its parameters."""
@@ -92,6 +99,8 @@ class TrainingRun:
                 for name in ("interval_stats", "epoch_stats"):
                     if name in extra:
                         getattr(self, name).load_state_dict(extra[name])
+                if extra.get("unfinished") is not None:
+                    self.unfinished = int(extra["unfinished"]["epoch"]), bool(extra["unfinished"]["end_of_epoch"])
             if not args.reset_meters:
                 self.checkpoints.best = extra.get("best")
                 self.previous_time = float(extra.get("previous_training_time", 0.0))
@@ -120,11 +129,23 @@ class TrainingRun:
             self.trainer.num_updates = int(history["num_updates"])
 
     def train(self) -> None:
-        """Epochs until a limit is reached. Raises FairseqError when training diverges."""
+        """Epochs until a limit is reached. Raises FairseqError when training diverges or a checkpoint cannot be written.
+
+        A signal stops it after the update: it saves ``checkpoint_last.pt`` and raises SystemExit with the status of
+        ``signals.exit_status``.
+        """
         self.trainer.epoch = self.itr.epoch
-        stop = self._limit_reached()
-        while not stop:
-            stop = self._train_epoch()
+        with self.signals, self.checkpoints.writer:
+            unfinished, self.unfinished = self.unfinished, None
+            stop = self._after_update(*unfinished) if unfinished is not None else ""
+            stop = stop or self._limit_reached()
+            while not stop:
+                stop = self._train_epoch()
+            self.checkpoints.writer.wait()
+            self.world.barrier()
+        if self.stopped_by:
+            logger.info(f"stopped after {self.trainer.num_updates} updates: {stop}")
+            raise SystemExit(exit_status(self.stopped_by))
         logger.info(f"done training in {time.monotonic() - self.started:.1f} seconds: {stop}")
 
     def _limit_reached(self) -> str:
@@ -203,6 +224,9 @@ class TrainingRun:
     def _after_update(self, epoch: int, end_of_epoch: bool = False) -> str:
         """Validate and save as far as due; returns why training ends here, or an empty string."""
         args, updates = self.args, self.trainer.num_updates
+        self.checkpoints.writer.check()
+        if signum := self.signals.agreed():
+            return self._stop(signum, epoch, end_of_epoch)
         stop = self._limit_reached()
         save = bool(stop) or _due(args.save_interval_updates, updates)
         check = save if not end_of_epoch else bool(stop) or _due(args.validate_interval, epoch)
@@ -213,23 +237,40 @@ class TrainingRun:
             self._take_stats()  # nothing is saved of a model that has diverged
         value, is_best = None, False
         if check and not args.disable_validation:
-            with whole_parameters(self.trainer.model):
-                value = self.validator.validate(epoch, updates, self.log, self.checkpoints)
+            try:
+                with whole_parameters(self.trainer.model):
+                    value = self.validator.validate(epoch, updates, self.log, self.checkpoints)
+            except ValidationInterrupted:
+                return self._stop(self.signals.agreed_now(), epoch, end_of_epoch)
             self.bad_validations = 0 if self.checkpoints.is_better(value) else self.bad_validations + 1
             is_best = self.checkpoints.note(value)
             stop = stop or self._limit_reached()
             save = save or bool(stop)
         if (save or value is not None) and not args.no_save:
-            parameters = self.trainer.parameter_state()  # all processes take part in gathering what is sharded
-            optimizer = None if args.no_save_optimizer_state else self.trainer.optimizer_state()
+            state = self._gathered_state(value)
             if self.world.is_master:
-                self.checkpoints.save(
-                    lambda: self._state(value, parameters, optimizer),
-                    *(epoch, end_of_epoch, updates, value, is_best),
-                    every=save,
-                )
+                self.checkpoints.save(state, epoch, end_of_epoch, updates, value, is_best, every=save)
             self.world.barrier()
         return stop
+
+    def _stop(self, signum: int, epoch: int, end_of_epoch: bool) -> str:
+        """Save where training stands, what is due here left to the run that continues; returns why training ends."""
+        self.stopped_by = signum
+        self.unfinished = epoch, end_of_epoch
+        self._take_stats()
+        saved = True
+        state = self._gathered_state(None)
+        if self.world.is_master:
+            saved = self.checkpoints.save_last(state, epoch, self.trainer.num_updates)
+        self.world.barrier()
+        what = "the same command continues" if saved else "nothing was saved, as the flags say"
+        return f"{signal.Signals(signum).name}; {what}"
+
+    def _gathered_state(self, value: float | None) -> Callable[[], dict[str, Any]]:
+        """What makes the checkpoint's dict. All processes call this: what is sharded is gathered here."""
+        parameters = self.trainer.parameter_state()
+        optimizer = None if self.args.no_save_optimizer_state else self.trainer.optimizer_state()
+        return lambda: self._state(value, parameters, optimizer)
 
     def _state(
         self, value: float | None, parameters: dict[str, Tensor], optimizer: dict[str, Any] | None
@@ -257,6 +298,7 @@ class TrainingRun:
                 "train_wall": self.train_wall,
                 "previous_training_time": self._wall(),
                 "omega": self.omega and self.omega.to_dict(),
+                "unfinished": self.unfinished and dict(zip(("epoch", "end_of_epoch"), self.unfinished, strict=True)),
             },
             "last_optimizer_state": optimizer,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -27,6 +27,10 @@ from fairseq.training.precision import autocast
 from fairseq.training.trainer import SUMS, batch_losses, batch_sums
 
 
+class ValidationInterrupted(Exception):
+    """A signal came to one process; raised in all of them."""
+
+
 class Validator:
     """Opens the validation subsets once and measures a model on them as often as asked; one instance a process."""
 
@@ -44,6 +48,7 @@ class Validator:
         self.world = world
         self.model = model
         self.criterion = criterion
+        self.interrupted: Callable[[], bool] = lambda: False  # whether this process is to stop
         self.sets: dict[str, LanguagePairDataset] = {}
         self.batches: dict[str, list[np.ndarray]] = {}
         for name in subsets:
@@ -70,7 +75,7 @@ class Validator:
     def validate(self, epoch: int, num_updates: int, log: TrainLog, checkpoints: CheckpointManager) -> float:
         """Measure all subsets and log them; returns ``--best-checkpoint-metric`` of the first.
 
-        checkpoints: knows the best value so far.
+        checkpoints: knows the best value so far. Raises ValidationInterrupted when ``interrupted`` says so.
         """
         metric = self.args.best_checkpoint_metric
         values = []
@@ -89,11 +94,17 @@ class Validator:
         was_training = self.model.training
         self.model.eval()
         averages = Averages()
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.world.device)
         for batch in self._read(name):
+            if self.interrupted():
+                sums[-1] = 1  # tells the other processes
+                break
             losses = batch_losses(self.model, self.criterion, batch, self.args, self.world.device)
-            sums += batch_sums(batch, *losses)
-        totals = dict(zip(SUMS, self.world.sum(sums).tolist(), strict=True))
+            sums[:-1] += batch_sums(batch, *losses)
+        *totals_, interrupted = self.world.sum(sums).tolist()
+        if interrupted:
+            raise ValidationInterrupted
+        totals = dict(zip(SUMS, totals_, strict=True))
         sample_size = totals["nsentences" if self.args.sentence_avg else "ntokens"]
         averages.add(totals | {"sample_size": sample_size})
         stats = averages.stats()
@@ -110,16 +121,21 @@ class Validator:
         pairs: list[tuple[str, str]] = []
         with autocast(self.world.device, self.args.fp16, self.args.bf16):
             for translation in translate_dataset([self.model], self._read(name), self._generation, self.args.seed):
+                if self.interrupted():
+                    break
                 best = self._text.hypothesis(translation.hypotheses[0], self._text.words(translation.src_tokens))
                 assert translation.target is not None
                 reference = self._text.target(translation.target)
                 pairs.append((reference, self._text.decode(best)))
         if self.args.eval_bleu_print_samples and pairs and self.world.is_master:
             print(f"example hypothesis: {pairs[0][1]}\nexample reference: {pairs[0][0]}", flush=True)
+        parts: list[Any] = [None if self.interrupted() else pairs]
         if self.world.size > 1:
-            gathered: list[Any] = [None] * self.world.size
-            dist.all_gather_object(gathered, pairs)
-            pairs = [pair for part in gathered for pair in part]
+            mine, parts = parts[0], [None] * self.world.size
+            dist.all_gather_object(parts, mine)
+        if None in parts:
+            raise ValidationInterrupted
+        pairs = [pair for part in parts for pair in part]
         scorer = Scorer("bleu" if self.args.eval_tokenized_bleu else "sacrebleu")
         for reference, hypothesis in pairs:
             scorer.add(reference, hypothesis)
