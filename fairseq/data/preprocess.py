@@ -1,8 +1,8 @@
 """Parallel text to a data-bin: dictionaries and binarised splits.
 
-All input is checked and all output written in a temporary directory before the first file of the data-bin changes. A
-new data-bin appears at once, with all its files. One that grows does so file by file; if that is cut short, readers refuse
-it until ``fairseq-preprocess`` has put the other files in place.
+All input is checked and all output written in a temporary directory before the first file of the data-bin changes.
+A new data-bin appears at once, with all its files. One that grows does so file by file; if that is cut short, readers
+refuse it until ``fairseq-preprocess`` has put the other files in place.
 """
 
 from __future__ import annotations

@@ -168,8 +168,8 @@ class CheckpointManager:
     def load(self) -> tuple[dict[str, Any] | None, Path | None, bool]:
         """``find``'s file read, its path, and whether only its parameters count; Nones if there is none.
 
-        When ``checkpoint_last.pt`` is damaged, the newest good file in its place with ``--restore-fallback``; else raises
-        FairseqError that names it.
+        When ``checkpoint_last.pt`` is damaged, the newest good file in its place with ``--restore-fallback``; else
+        raises FairseqError that names it.
         """
         path, parameters_only = self.find()
         if path is None:

@@ -129,7 +129,7 @@ class TrainingRun:
             self.trainer.num_updates = int(history["num_updates"])
 
     def train(self) -> None:
-        """Epochs until a limit is reached. Raises FairseqError when training diverges or a checkpoint cannot be written.
+        """Epochs until a limit is reached. Raises FairseqError when training diverges or a file cannot be written.
 
         A signal stops it after the update: it saves ``checkpoint_last.pt`` and raises SystemExit with the status of
         ``signals.exit_status``.

@@ -1,0 +1,281 @@
+"""Signals, full disks, damaged checkpoints: nothing is lost, and a resumed training is the uninterrupted one."""
+
+from __future__ import annotations
+
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fairseq.checkpoint import load_checkpoint
+from fairseq.cli.preprocess import main as preprocess
+from fairseq.data import preprocess as preprocess_module
+from fairseq.data.indexed_dataset import UNFINISHED
+from fairseq.data.translation import load_dictionaries
+from fairseq.errors import FairseqError
+from fairseq.training.async_save import BackgroundWriter, to_host
+from fairseq.utils.io import atomic_write
+from tests.training_runs import (
+    ROOT,
+    assert_fails,
+    assert_same,
+    command_line,
+    files,
+    last,
+    load,
+    logged,
+    start,
+    train,
+    updates,
+)
+
+LAST = "checkpoint_last.pt"
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m")
+LONG = ("--max-update", 60, "--save-interval", 100, "--validate-interval", 2)
+
+# -- damaged checkpoints
+
+
+def test_damage_is_found_or_harmless(toy_databin, tmp_path):
+    train(toy_databin, tmp_path, "--max-update", 1)
+    good, expected = (tmp_path / LAST).read_bytes(), load_checkpoint(tmp_path / LAST)
+    directory = good.rfind(b"PK\x01\x02", 0, good.find(b"PK\x01\x02") + 1)  # where the index of the zip file starts
+    rng, found, path = random.Random(1), 0, tmp_path / "damaged.pt"
+    for number in range(400):
+        data = bytearray(good)
+        if number % 4 == 0:
+            del data[rng.randrange(len(data)) :]
+        elif number % 4 == 1:
+            at = rng.randrange(len(data))
+            data[at : at + 512] = bytes(len(data[at : at + 512]))
+        else:
+            data[rng.randrange(0 if number % 4 == 2 else directory, len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            state = load_checkpoint(path)
+        except FairseqError as error:
+            found += 1
+            assert str(path) in str(error)
+            assert len(str(error).splitlines()) == 1
+        else:
+            for key in ("model", "last_optimizer_state", "optimizer_history", "args"):
+                assert_same(state[key], expected[key])
+    assert found > 200
+
+
+def test_torch_alone_would_not_notice(tmp_path):
+    path, value = tmp_path / "x.pt", torch.arange(100.0)
+    torch.save({"model": {"w": value}, "args": None}, path)
+    data = bytearray(path.read_bytes())
+    data[data.find(value.numpy().tobytes()) + 41] ^= 4
+    path.write_bytes(data)
+    assert not torch.equal(torch.load(path)["model"]["w"], value)
+    with pytest.raises(FairseqError, match="checksum of record x/data/0 does not match"):
+        load_checkpoint(path)
+
+
+def test_fallback(toy_databin, tmp_path, capsys):
+    flags = ("--max-epoch", 3, "--save-interval-updates", 5)
+    train(toy_databin, tmp_path / "whole", *flags)
+    train(toy_databin, tmp_path / "run", *flags, "--max-update", 10)
+    path = tmp_path / "run" / LAST
+    data = bytearray(path.read_bytes())
+    path.unlink()  # the other names of the file stay good
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    argv = command_line(toy_databin, tmp_path / "run", *flags)
+    assert_fails(capsys, 1, "the newest good one, with --restore-fallback", *argv)
+    assert path.read_bytes() == data
+    train(toy_databin, tmp_path / "run", *flags, "--restore-fallback")
+    for key in ("model", "last_optimizer_state"):
+        assert_same(last(tmp_path / "whole")[key], last(tmp_path / "run")[key])
+
+
+# -- writing
+
+
+def test_leftovers_go_unless_someone_is_writing(tmp_path):
+    (tmp_path / ".a.txt.dead.tmp").write_text("half")
+    with atomic_write(tmp_path / "a.txt") as one:
+        assert not (tmp_path / ".a.txt.dead.tmp").exists()
+        with atomic_write(tmp_path / "a.txt") as two:
+            two.write("two")
+        one.write("one")
+    assert (tmp_path / "a.txt").read_text() == "one"
+    assert files(tmp_path) == {"a.txt"}
+
+
+def test_a_copy_of_the_state_shares_nothing_but_what_was_shared():
+    w, step = torch.ones(3), torch.tensor(1.0)
+    copy = to_host({"a": w, "b": w, "state": {0: {"step": step}}, "list": [w, 1], "text": "x"})
+    w.add_(1)
+    step.add_(1)
+    assert_same(copy, {"a": torch.ones(3), "b": torch.ones(3), "state": {0: {"step": torch.tensor(1.0)}}}
+                | {"list": [torch.ones(3), 1], "text": "x"})  # fmt: skip
+    assert copy["a"] is copy["b"]
+
+
+def test_one_job_at_a_time_and_its_error_comes_out():
+    order: list[int] = []
+
+    def job(number: int) -> None:
+        time.sleep(0.05)
+        order.append(number)
+        if number == 2:
+            raise FairseqError("disk full")
+
+    writer = BackgroundWriter()
+    writer.start(lambda: job(1))
+    assert order == []
+    writer.start(lambda: job(2))
+    assert order == [1]
+    with pytest.raises(FairseqError, match="disk full"):
+        writer.start(lambda: job(3))
+    assert order == [1, 2]
+    writer.wait()
+
+
+@pytest.mark.parametrize("asynchronously", ["True", "False"])
+def test_both_ways_of_saving_write_the_same(toy_databin, tmp_path, asynchronously):
+    flags = ("--max-epoch", 2, "--write-checkpoints-asynchronously", asynchronously, "--keep-last-epochs", 1)
+    train(toy_databin, tmp_path / "run", *flags)
+    train(toy_databin, tmp_path / "other", "--max-epoch", 2)
+    assert files(tmp_path / "run") == {"checkpoint2.pt", LAST, "checkpoint_best.pt"}
+    for key in ("model", "last_optimizer_state"):
+        assert_same(last(tmp_path / "run")[key], last(tmp_path / "other")[key])
+
+
+MOUNT = {"full": "size=330k", "read-only": "size=10m"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MOUNT)
+def test_disk_full_or_read_only(toy_databin, tmp_path, kind):
+    """On a small file system of its own: training stops, the checkpoint before stays."""
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    place, copy = tmp_path / "disk", tmp_path / "copy"
+    place.mkdir()
+    flags = ("--log-file", tmp_path / "log", "--no-epoch-checkpoints", "--disable-validation", "--max-epoch")
+    python = shlex.quote(sys.executable)
+    first, second = (
+        f"{python} -m fairseq.cli.train {shlex.join(command_line(toy_databin, place, *flags, epochs))}"
+        for epochs in (1, 100)
+    )
+    between = f"mount -o remount,ro {place}" if kind == "read-only" else f"head -c 150000 /dev/zero > {place}/other"
+    script = f"mount -t tmpfs -o {MOUNT[kind]} none {place} && {first} && {between}; {second}; status=$?; "
+    script += f"cp -r {place} {copy}; exit $status"
+    done = subprocess.run(["unshare", "-m", "bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    reason = "Read-only file system" if kind == "read-only" else "No space left on device"
+    assert line.startswith("error: ")
+    assert reason in line
+    assert files(copy) - {"other"} == {LAST}
+    assert load(copy / LAST)["optimizer_history"][-1]["num_updates"] == 7
+
+
+# -- data-bins
+
+
+def test_a_data_bin_grows_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        for language in ("en", "de"):
+            Path(f"{split}.{language}").write_text("a b\nb a\n")
+    common = ["-s", "en", "-t", "de", "--destdir", "bin"]
+    preprocess([*common, "--trainpref", "train"])
+    moved = []
+
+    def replace(source: Path, target: Path) -> None:
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        moved.append(os.rename(source, target))
+
+    monkeypatch.setattr(preprocess_module.os, "replace", replace)
+    given = ["--srcdict", "bin/dict.en.txt", "--tgtdict", "bin/dict.de.txt", "--testpref", "test"]
+    destdir = Path("bin")
+    with pytest.raises(SystemExit):
+        preprocess([*common, *given])
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    if (destdir / UNFINISHED).exists():
+        with pytest.raises(FairseqError, match="give its command again"):
+            load_dictionaries(destdir, "en", "de")
+    preprocess([*common, *given])
+    load_dictionaries(destdir, "en", "de")
+    expected = {f"{s}.en-de.{x}.{end}" for s in ("train", "test") for x in ("en", "de") for end in ("bin", "idx")}
+    assert files(destdir) == expected | {"dict.en.txt", "dict.de.txt"}
+
+
+# -- signals
+
+
+def wait_for_update(process: subprocess.Popen[str], directory: Path, number: int) -> None:
+    while process.poll() is None and not any(n >= number for n in updates(logged(directory))):
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda s: s.name)
+def test_signal_saves_and_the_rest_is_exact(toy_databin, tmp_path, signum):
+    """To all processes of the job, those that read data too, as SLURM and a terminal send it."""
+    train(toy_databin, tmp_path / "whole", *LONG)
+    argv = [*command_line(toy_databin, tmp_path / "run", *LONG), "--num-workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fairseq.cli.train", *argv],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    wait_for_update(process, tmp_path / "run", 3)
+    os.killpg(process.pid, signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, errors
+    assert errors == "interrupted: saving a checkpoint; Ctrl-C once more ends it at once\n"
+    assert 3 <= last(tmp_path / "run")["optimizer_history"][-1]["num_updates"] < 60
+    assert files(tmp_path / "run") == {LAST} | ({"checkpoint_best.pt"} & files(tmp_path / "run"))
+    train(toy_databin, tmp_path / "run", *LONG)
+    for key in ("model", "last_optimizer_state"):
+        assert_same(last(tmp_path / "whole")[key], last(tmp_path / "run")[key])
+    whole, run = logged(tmp_path / "whole"), logged(tmp_path / "run")
+    assert updates(whole) == updates(run)
+    assert [x["valid_loss"] for x in whole if "valid_loss" in x] == [x["valid_loss"] for x in run if "valid_loss" in x]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["torchrun", "one rank"])
+def test_signal_under_torchrun(toy_databin, tmp_path, to):
+    process = start(toy_databin, tmp_path, *LONG, launcher=TORCHRUN)
+    wait_for_update(process, tmp_path, 3)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid if to == "torchrun" else int(children[-1]), signal.SIGTERM)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert 3 <= last(tmp_path)["optimizer_history"][-1]["num_updates"] < 60, errors
+    assert "SIGTERM; the same command continues" in (tmp_path / "log").read_text()
+    process = start(toy_databin, tmp_path, *LONG, launcher=TORCHRUN)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    numbers = [line["num_updates"] for line in logged(tmp_path) if "update" in line]
+    assert numbers == list(range(1, 61))  # none lost, none twice
+
+
+@pytest.mark.slow
+def test_chaos(tmp_path):
+    argv = [sys.executable, ROOT / "scripts" / "chaos_train.py", "--kills", "3", "--seed", "2"]
+    done = subprocess.run(
+        argv, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kills, 0 violations" in done.stdout
