@@ -97,7 +97,7 @@ def child(argv: list[str]) -> None:
                 os.close(fd)
             return stats
 
-        Trainer.take_stats = recorded  # type: ignore[method-assign]
+        Trainer.take_stats = recorded  # type: ignore[method-assign, assignment]
         main = during("start", main)
     main(arguments)
 
@@ -172,8 +172,8 @@ def run(place: Place, stage: str, arguments: list[str], aim: str | None, rng: ra
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """Name -> bytes of every file."""
-    return {path.name: path.read_bytes() for path in directory.iterdir()} if directory.is_dir() else {}
+    """Name -> bytes of every file; nothing where there is no directory."""
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()} if directory.is_dir() else {}
 
 
 def same(a: Any, b: Any) -> bool:
@@ -195,7 +195,7 @@ def check_after_kill(place: Place, stages: list[dict[str, bytes]]) -> list[str]:
             load_checkpoint(path)
         except FairseqError as error:
             found.append(f"unreadable: {error}")
-    visible = {n: b for n, b in content_or_nothing(place.databin).items() if not n.startswith(".")}
+    visible = {n: b for n, b in content(place.databin).items() if not n.startswith(".")}
     if visible not in stages:
         try:
             load_dictionaries(place.databin, "xx", "yy")
@@ -204,11 +204,6 @@ def check_after_kill(place: Place, stages: list[dict[str, bytes]]) -> list[str]:
             if "give its command again" not in str(error):
                 found.append(f"{place.databin}: {error}")
     return found
-
-
-def content_or_nothing(directory: Path) -> dict[str, bytes]:
-    """As `content`, of files alone."""
-    return {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()} if directory.is_dir() else {}
 
 
 def compare(expected: Place, place: Place) -> list[str]:
@@ -223,9 +218,9 @@ def compare(expected: Place, place: Place) -> list[str]:
         a, b = (load_checkpoint(p.root / name) for p in (expected, place))
         found += [f"{name}: {k} differs" for k in ("model", "last_optimizer_state") if not same(a[k], b[k])]
     for name in ("data-bin", "run"):
-        a, b = ({p.name for p in (q.root / name).iterdir()} for q in (expected, place))
-        if a != b:
-            found.append(f"{name}: {sorted(a ^ b)} on one side only")
+        names, others = ({p.name for p in (q.root / name).iterdir()} for q in (expected, place))
+        if names != others:
+            found.append(f"{name}: {sorted(names ^ others)} on one side only")
     if content(expected.databin) != content(place.databin):
         found.append("the data-bins differ")
     if left := [path.name for path in place.root.iterdir() if path.name.startswith(".")]:
