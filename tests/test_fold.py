@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fairseq import admin
 from fairseq.admin.fold import FOLDABLE, fold_notes
-from fairseq.admin.residual import AdminResidual, PostLN
+from fairseq.admin.residual import AdminResidual, PostLN, ReZeroPostLN
 from fairseq.checkpoint import load_model
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
@@ -35,6 +35,7 @@ SHAPES: list[dict[str, Any]] = [
     {"init_type": "adaptive-closed-form", "omega": "constant"},
     {"init_type": "deepnet", "share_all_embeddings": True},
     {"init_type": "looklinear", "share_all_embeddings": True},
+    {"init_type": "rezero_postln", "share_all_embeddings": True},
     {"init_type": "default"},
 ]
 
@@ -57,6 +58,8 @@ def trained_like(seed: int = 1, **settings: Any) -> Transformer:
             elif isinstance(module, AdminResidual) and isinstance(module.omega, nn.Parameter):
                 module.omega.uniform_(0.3, 3)
                 module.omega[torch.rand_like(module.omega) < 0.25] *= -1
+            elif isinstance(module, ReZeroPostLN):
+                module.alpha.uniform_(-1.5, 1.5)
     return model
 
 
@@ -257,16 +260,23 @@ def test_omega_that_cannot_be_divided_by(value):
         admin.fold(model)
 
 
-@pytest.mark.parametrize("init_type", ["rezero", "rezero_postln", "subln", "b2t"])
-def test_other_rules(init_type):
-    with pytest.raises(FairseqError, match=f"{init_type} cannot be folded: .*{', '.join(FOLDABLE)}"):
+@pytest.mark.parametrize(
+    ("init_type", "reason"),
+    [
+        ("rezero", "is ReZero, which has no LayerNorm"),
+        ("subln", "is SubLN, which has a LayerNorm inside"),
+        ("b2t", "is B2T, which adds the layer's input once more"),
+    ],
+)
+def test_other_rules(init_type, reason):
+    with pytest.raises(FairseqError, match=f"{init_type} cannot be folded: .*{reason}.*{', '.join(FOLDABLE)}"):
         admin.fold(trained_like(init_type=init_type))
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 def test_pre_ln(stack):
     model = trained_like(init_type="default", **{f"{stack}_normalize_before": True})
-    expected = f"init type default cannot be folded: {stack}.layers.0.self_attn_residual is PreLN; what can be is Post"
+    expected = f"init type default cannot be folded: {stack}.layers.0.self_attn_residual is PreLN, whose "
     with pytest.raises(FairseqError, match=re.escape(expected)):
         admin.fold(model)
 
