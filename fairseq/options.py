@@ -28,6 +28,10 @@ from fairseq.utils.flags import add_flags, flag, from_namespace
 LOG_FORMATS = ("simple", "json", "tqdm", "none")
 LAST = "checkpoint_last.pt"
 METRICS = ("loss", "nll_loss", "ppl", "bleu")
+BACKENDS = ("native", "ctranslate2")
+QUANTIZATIONS = (
+    "float32", "float16", "bfloat16", "int16", "int8", "int8_float32", "int8_float16", "int8_bfloat16",
+)  # fmt: skip
 POST_PROCESSORS = ("subword_nmt", "@@ ", "sentencepiece")
 
 
@@ -281,6 +285,15 @@ class ModelPathConfig:
 
 
 @dataclass
+class BackendConfig:
+    """Which program translates."""
+
+    backend: str = flag(
+        "native", "what translates; ctranslate2: --path is a directory of fairseq-export", choices=BACKENDS
+    )
+
+
+@dataclass
 class GenerateDataConfig:
     """Which part of the data-bin to translate, how to score it, and where results go."""
 
@@ -347,9 +360,23 @@ class ExportConfig:
     """What ``fairseq-export`` writes."""
 
     checkpoint: str = flag("", "checkpoint of a trained model, of any supported kind", positional=True)
-    format: str = flag("fairseq", "whose format to write", choices=("fairseq",))
-    fold: bool = flag(False, "fold omega, or DeepNet's alpha, into the weights: ordinary Post-LN with the same outputs")
-    output: str = flag("", "write model.pt in this directory; a name in .pt is the file itself", metavar="DIR")
+    format: str = flag("fairseq", "whose format to write", choices=("fairseq", "ctranslate2", "huggingface"))
+    fold: bool = flag(
+        False, "fold omega or alpha into the weights: ordinary Post-LN, same outputs (always but for --format fairseq)"
+    )
+    output: str = flag(
+        "", "directory to write, which must be new; fairseq: for model.pt, and a name in .pt is the file", metavar="DIR"
+    )
+    quantization: str | None = flag(
+        None,
+        "precision of the weights (default: float32); huggingface has the floats; CTranslate2 may compute in another",
+        choices=QUANTIZATIONS,
+    )
+    data: str | None = flag(
+        None,
+        "directory with dict.LANG.txt (default: the checkpoint's, then the data-bin that it was trained on)",
+        metavar="DIR",
+    )
     user_dir: str | None = flag(None, "run the Python package in this directory first", metavar="DIR")
 
 
@@ -453,6 +480,7 @@ GENERATE_SECTIONS: tuple[tuple[type, str], ...] = (
     (DataConfig, "data and batches"),
     (SubsetConfig, "reading"),
     (ModelPathConfig, "model"),
+    (BackendConfig, "backend"),
     (GenerateDataConfig, "subset and score"),
     (GenerationConfig, "search"),
     (ReferenceConfig, "references"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fairseq.cli import command
 from fairseq.export import FORMATS
-from fairseq.options import ExportConfig, make_parser, parse_args
+from fairseq.options import ExportConfig, make_parser, parse_args, section
 
 SECTIONS: tuple[tuple[type, str], ...] = ((ExportConfig, "export"),)
 
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(prog, description, SECTIONS, argv)
     if not args.output:
         make_parser(prog, description, SECTIONS).error("--output DIR is missing")
-    print(*FORMATS[args.format](args.checkpoint, args.output, args.fold), sep="\n")
+    print(*FORMATS[args.format](section(ExportConfig, args)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import logging
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -16,13 +17,15 @@ from tqdm import tqdm
 from fairseq.cli import command
 from fairseq.data.batching import iterate_batches, make_batches
 from fairseq.data.encoders import TextPipeline, make_text_pipeline
-from fairseq.data.translation import TranslationData
+from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.generation.constraints import check_generation_config
+from fairseq.generation.ctranslate2_backend import open_ctranslate2
 from fairseq.generation.output import TextFormat, load_alignment_dictionary
 from fairseq.generation.scoring import Scorer
 from fairseq.generation.translate import (
     DEFAULT_MAX_TOKENS,
+    Translation,
     longest_target,
     open_models_and_data,
     translate_dataset,
@@ -109,8 +112,7 @@ def _generate(args: Namespace, out: IO[Any]) -> str | None:
     """Print all translations to ``out``; returns the line with the score, None where there is nothing to score."""
     cfg: GenerationConfig = section(GenerationConfig, args)
     references: ReferenceConfig = section(ReferenceConfig, args)
-    device = choose_device(args.cpu)
-    models, data = open_models_and_data(args, device)
+    translate, data, most_target = _open_backend(args, cfg, references)
     text = text_format(args, data, text_pipeline(args, data))
     scorer = Scorer(args.scoring)
     dataset = data.load(args.gen_subset, need_target=False)
@@ -120,15 +122,15 @@ def _generate(args: Namespace, out: IO[Any]) -> str | None:
         max_tokens=DEFAULT_MAX_TOKENS if args.max_tokens is None and args.batch_size is None else args.max_tokens,
         max_sentences=args.batch_size,
         required_batch_size_multiple=args.required_batch_size_multiple,
-        max_positions=(data.config.max_source_positions, longest_target(models, args.max_target_positions)),
+        max_positions=(data.config.max_source_positions, min(most_target, args.max_target_positions)),
         skip_invalid=args.skip_invalid_size_inputs_valid_test,
         num_shards=args.num_shards,
         shard_id=args.shard_id,
     )
     start, sentences, tokens = time.perf_counter(), 0, 0
-    read = iterate_batches(dataset, batches, args.num_workers, pin_memory=device.type == "cuda")
-    progress = _progress(read, len(batches), args)
-    for translation in translate_dataset(models, progress, cfg, args.seed, references):
+    on_gpu = args.backend == "native" and choose_device(args.cpu).type == "cuda"
+    read = iterate_batches(dataset, batches, args.num_workers, pin_memory=on_gpu)
+    for translation in translate(_progress(read, len(batches), args)):
         sentences += 1
         tokens += len(translation.hypotheses[0].tokens)
         src_words = text.words(translation.src_tokens)
@@ -150,6 +152,20 @@ def _generate(args: Namespace, out: IO[Any]) -> str | None:
     if dataset.tgt is None or references.score_reference or sentences == 0:
         return None
     return f"Generate {args.gen_subset} with beam={cfg.beam}: {scorer.result_string()}"
+
+
+def _open_backend(
+    args: Namespace, cfg: GenerationConfig, references: ReferenceConfig
+) -> tuple[Callable[[Iterable[Batch]], Iterator[Translation]], TranslationData, int]:
+    """What translates batches, the data-bin, and the most target tokens that the models can have."""
+    if args.backend == "ctranslate2":
+        model, data = open_ctranslate2(args)
+        token_scores = not args.quiet or references.score_reference
+        translate = partial(model.translate_dataset, cfg=cfg, references=references, token_scores=token_scores)
+        return translate, data, model.max_target_positions
+    models, data = open_models_and_data(args, choose_device(args.cpu))
+    search = partial(translate_dataset, models, cfg=cfg, seed=args.seed, references=references)
+    return search, data, longest_target(models)
 
 
 def _progress(batches: Iterable[T], total: int, args: Namespace) -> Iterator[T]:

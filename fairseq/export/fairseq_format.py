@@ -14,6 +14,7 @@ from fairseq.errors import FairseqError
 from fairseq.export.self_check import ROWS, check_agreement
 from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import to_fairseq
+from fairseq.options import ExportConfig
 
 # Settings kept besides the model's. How it was trained is left out: fairseq 0.12 checks every setting that it finds.
 _KEPT = ("source_lang", "target_lang", "data", "truncate_source", "criterion", "label_smoothing", "sentence_avg")
@@ -22,13 +23,17 @@ _HUB = {"max_tokens": None, "max_sentences": None}  # without these fairseq 0.10
 _ADMIN_SETTINGS = ("omega", "output_change")  # of the model's
 
 
-def export_fairseq(checkpoint: str | Path, output: str | Path, fold: bool) -> list[str]:
-    """Write ``checkpoint`` with the settings that matter to its use and parameters in float32.
+def export_fairseq(config: ExportConfig) -> list[str]:
+    """Write ``config.checkpoint`` with the settings that matter to its use and parameters in float32.
 
-    output: a directory, for model.pt, or a file called *.pt. fold: as an ordinary Post-LN model. Returns lines to
-    print. Raises FairseqError, and leaves no file, when the checkpoint cannot be read or folded, the file cannot be
-    written, or what would be read from it does not compute what the original does.
+    config.output: a directory, for model.pt, or a file called *.pt. config.fold: as an ordinary Post-LN model. Returns
+    lines to print. Raises FairseqError, and leaves no file, when the checkpoint cannot be read or folded, the file
+    cannot be written, or what would be read from it does not compute what the original does.
     """
+    checkpoint, output, fold = config.checkpoint, config.output, config.fold
+    for name in ("quantization", "data"):
+        if getattr(config, name) is not None:
+            raise FairseqError(f"--{name} does nothing with --format fairseq; leave it out")
     path = Path(output) if Path(output).suffix == ".pt" else Path(output) / "model.pt"
     if path.resolve() == Path(checkpoint).resolve():
         raise FairseqError(f"--output {output}: is the checkpoint itself; name another place")
@@ -37,7 +42,8 @@ def export_fairseq(checkpoint: str | Path, output: str | Path, fold: bool) -> li
     exported = admin.fold(model) if fold else model
     args = _settings(state["args"], exported.cfg)
     parameters = to_fairseq(exported.state_dict())
-    agreement = check_agreement(model, build_from_checkpoint({"args": args, "model": parameters}, path))
+    written = build_from_checkpoint({"args": args, "model": parameters}, path)
+    agreement = check_agreement(model, lambda src, prev: written(src, None, prev)[0])
     new = without_optimizer(state) | {"args": Namespace(**args), "model": parameters}
     save_checkpoint({name: value for name, value in new.items() if name != "cfg"}, path)
     notes = _notes(model.cfg, exported.cfg, fold)

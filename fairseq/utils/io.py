@@ -56,6 +56,34 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
                 os.unlink(temporary)
 
 
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary directory beside ``path``, renamed to ``path`` when the block ends without an exception.
+
+    Raises FairseqError when it cannot be made, and when ``path`` is there already and no empty directory.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise FairseqError(f"{path}: is there already; name another directory, or remove it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        for made in (temporary, *temporary.rglob("*")):  # some of which only their owner reads
+            os.chmod(made, (0o777 if made.is_dir() else 0o666) & ~umask)
+        os.replace(temporary, path)
+        temporary = None
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise FairseqError(f"{path}: cannot write: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def atomic_copy(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Make ``path`` the same content as ``source``, at once; a hard link where the file system has them.
 

@@ -1,0 +1,249 @@
+"""Directories that Hugging Face's transformers translates with.
+
+Four of its architectures are ours with other names, one for each place that LayerNorm can have: Marian is Post-LN,
+Pegasus Pre-LN, BART and mBART the same with a LayerNorm after the embeddings. Their position tables are parameters, of
+which ours are stored. Marian alone can have several embedding matrices. Token ids are the dictionaries'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq.data.dictionary import BOS, EOS, PAD, UNK, Dictionary
+from fairseq.errors import FairseqError
+from fairseq.export.plain import Exportable, check_unique, describe, open_checkpoint
+from fairseq.export.self_check import SEARCH, check_agreement, count_same_translations
+from fairseq.generation.translate import pad_rows, without_padding
+from fairseq.models.state_dict import to_fairseq
+from fairseq.models.transformer import PADDING_IDX
+from fairseq.options import ExportConfig, GenerationConfig
+from fairseq.utils.extras import require
+from fairseq.utils.io import new_directory
+
+ACTIVATIONS = {  # --activation-fn -> transformers' name
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_accurate": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "tanh": "tanh",
+    "linear": "linear",
+    "swish": "silu",
+}
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}  # of a logit, or of the largest one if above 1
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """model: class of transformers. first_position: row of our position tables that its tables start with."""
+
+    model: str
+    config: str
+    first_position: int
+    several_embeddings: bool = False
+
+
+ARCHITECTURES = {  # (Pre-LN, LayerNorm after the embeddings)
+    (False, False): _Architecture("MarianMTModel", "MarianConfig", PADDING_IDX + 1, several_embeddings=True),
+    (True, False): _Architecture("PegasusForConditionalGeneration", "PegasusConfig", PADDING_IDX + 1),
+    (False, True): _Architecture("BartForConditionalGeneration", "BartConfig", 0),
+    (True, True): _Architecture("MBartForConditionalGeneration", "MBartConfig", 0),
+}
+
+
+def export_huggingface(config: ExportConfig) -> list[str]:
+    """Write directory ``config.output``: model, generation settings and tokenizer. Returns lines to print.
+
+    Raises FairseqError, and leaves no directory, when the model cannot be read or expressed, or when what was written
+    does not compute what the original does.
+    """
+    transformers = require("transformers", "export", "--format huggingface")
+    require("safetensors", "export", "--format huggingface")
+    precision = config.quantization or "float32"
+    if precision not in TOLERANCES:
+        raise FairseqError(
+            f"--format huggingface has no --quantization {precision}, but {', '.join(TOLERANCES)}; "
+            "--format ctranslate2 has it"
+        )
+    exported = open_checkpoint(config)
+    architecture = choose_architecture(exported)
+    with new_directory(config.output) as directory:
+        _write_model(exported, architecture, precision, directory)
+        _write_tokenizer(exported.src_dict, exported.positions, directory)
+        if exported.src_dict != exported.tgt_dict:
+            _write_tokenizer(exported.tgt_dict, exported.positions, directory / "target")
+            exported.notes.append(
+                "the tokenizer is the source language's; that of translations is in the subfolder target"
+            )
+        transformers.utils.logging.disable_progress_bar()
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        check = [
+            check_agreement(exported.original, _logits_of(model), TOLERANCES[precision]),
+            _check_translations(exported, model, tokenizer),
+        ]
+    if architecture.model == "MarianMTModel":
+        exported.notes.append(
+            "positions are stored, but save_pretrained of a MarianMTModel leaves them out: after training it further, "
+            "copy model.*.embed_positions.weight from here"
+        )
+    return [
+        *describe(exported, config.output, f"{architecture.model}, weights in {precision}"),
+        *(f"self-check: {line}" for line in check),
+    ]
+
+
+def choose_architecture(exported: Exportable) -> _Architecture:
+    """The architecture of transformers that a model is. Raises FairseqError, saying what does not match, for none."""
+    model, cfg = exported.plain, exported.plain.cfg
+    check_unique(exported, "a tokenizer's vocabulary has")
+    pre_norm = [stack.layer_norm is not None for stack in (model.encoder, model.decoder)]
+    if pre_norm[0] != pre_norm[1]:
+        raise FairseqError("transformers has no architecture whose encoder and decoder differ in Pre-LN and Post-LN")
+    if cfg.decoder_embed_dim != cfg.encoder_embed_dim:
+        raise FairseqError(
+            f"transformers has no architecture for encoders and decoders of different dimensions "
+            f"({cfg.encoder_embed_dim} and {cfg.decoder_embed_dim})"
+        )
+    architecture = ARCHITECTURES[pre_norm[0], cfg.layernorm_embedding]
+    if not architecture.several_embeddings and not cfg.share_all_embeddings:
+        what = "Pre-LN" if pre_norm[0] else "a LayerNorm after the embeddings"
+        raise FairseqError(
+            f"transformers' architecture with {what}, {architecture.model}, has one matrix for encoder input, decoder "
+            "input and output; this model has several"
+        )
+    return architecture
+
+
+def _write_model(exported: Exportable, architecture: _Architecture, precision: str, directory: Path) -> None:
+    import transformers
+    from safetensors.torch import save_file
+
+    cfg, positions = exported.plain.cfg, exported.positions
+    ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    ids["forced_eos_token_id"] = 2  # at the longest output
+    config = getattr(transformers, architecture.config)(
+        **ids,
+        vocab_size=len(exported.src_dict),
+        d_model=cfg.encoder_embed_dim,
+        encoder_layers=cfg.encoder_layers,
+        encoder_attention_heads=cfg.encoder_attention_heads,
+        encoder_ffn_dim=cfg.encoder_ffn_embed_dim,
+        decoder_layers=cfg.decoder_layers,
+        decoder_attention_heads=cfg.decoder_attention_heads,
+        decoder_ffn_dim=cfg.decoder_ffn_embed_dim,
+        activation_function=ACTIVATIONS[cfg.activation_fn],
+        dropout=cfg.dropout,
+        attention_dropout=cfg.attention_dropout,
+        activation_dropout=cfg.activation_dropout,
+        scale_embedding=not cfg.no_scale_embedding,
+        max_position_embeddings=positions,
+        tie_word_embeddings=cfg.share_all_embeddings or cfg.share_decoder_input_output_embed,
+        architectures=[architecture.model],
+        **(
+            {
+                "decoder_vocab_size": len(exported.tgt_dict),
+                "share_encoder_decoder_embeddings": cfg.share_all_embeddings,
+            }
+            if architecture.several_embeddings
+            else {}
+        ),
+    )
+    dtype = getattr(torch, precision)
+    config.dtype = dtype
+    config.save_pretrained(directory)
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in _parameters(exported, architecture).items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    search = GenerationConfig()
+    transformers.GenerationConfig(
+        **ids,
+        num_beams=search.beam,
+        length_penalty=search.lenpen,
+        early_stopping=True,  # as here, a sentence is done when it has num_beams hypotheses
+        max_length=min(search.max_len_b + 2, positions),  # with both </s>
+        min_new_tokens=search.min_len,
+        bad_words_ids=[[PADDING_IDX]],
+    ).save_pretrained(directory)
+
+
+def _parameters(exported: Exportable, architecture: _Architecture) -> dict[str, Tensor]:
+    """With transformers' names, which but for embeddings are fairseq's; a matrix that is used twice is there once."""
+    model, cfg = exported.plain, exported.plain.cfg
+    parameters = {
+        f"model.{name}": tensor
+        for name, tensor in to_fairseq(model.state_dict()).items()
+        if ".layers." in name or "layer_norm." in name or "layernorm_embedding." in name
+    }
+    if cfg.share_all_embeddings:
+        parameters["model.shared.weight"] = model.encoder.embed_tokens.weight
+    else:
+        parameters["model.encoder.embed_tokens.weight"] = model.encoder.embed_tokens.weight
+        parameters["model.decoder.embed_tokens.weight"] = model.decoder.embed_tokens.weight
+        if not cfg.share_decoder_input_output_embed:
+            parameters["lm_head.weight"] = model.decoder.output_projection.weight
+    rows = slice(architecture.first_position, PADDING_IDX + 1 + exported.positions)
+    for name, stack in (("encoder", model.encoder), ("decoder", model.decoder)):
+        if stack.embed_positions is None:
+            table = torch.zeros(rows.stop - rows.start, stack.embed_tokens.embedding_dim)
+        else:
+            table = stack.embed_positions.weight[rows]
+        parameters[f"model.{name}.embed_positions.weight"] = table
+    parameters["final_logits_bias"] = torch.zeros(1, len(exported.tgt_dict))
+    return {name: tensor.detach() for name, tensor in parameters.items()}
+
+
+def _write_tokenizer(dictionary: Dictionary, positions: int, directory: Path) -> None:
+    """Words between blanks to the dictionary's ids, ``</s>`` at the end, and back."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    directory.mkdir(exist_ok=True)
+    words = {word: index for index, word in enumerate(dictionary.symbols)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, dictionary.eos())]
+    )
+    tokenizer.add_special_tokens([BOS, PAD, EOS, UNK])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "pad_token": PAD,
+        "eos_token": EOS,
+        "unk_token": UNK,
+        "padding_side": "right",
+        "model_max_length": positions,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+    text = json.dumps(settings, indent=2)
+    (directory / "tokenizer_config.json").write_text(f"{text}\n", encoding="utf-8")
+
+
+def _logits_of(model: Any) -> Any:
+    """The loaded model as a function of src_tokens and prev_output_tokens, which it wants padded on the right."""
+
+    def logits(src_tokens: Tensor, prev_output_tokens: Tensor) -> Tensor:
+        input_ids = pad_rows([without_padding(row) for row in src_tokens])
+        mask = input_ids.ne(PADDING_IDX).long()
+        return model(input_ids=input_ids, attention_mask=mask, decoder_input_ids=prev_output_tokens).logits.float()
+
+    return logits
+
+
+def _check_translations(exported: Exportable, model: Any, tokenizer: Any) -> str:
+    def translate(sentences: Sequence[Tensor]) -> list[Tensor]:
+        text = [" ".join(exported.src_dict[index] for index in sentence[:-1].tolist()) for sentence in sentences]
+        batch = tokenizer(text, return_tensors="pt", padding=True)
+        outputs = model.generate(
+            **batch, num_beams=SEARCH.beam, max_length=min(SEARCH.max_len_b + 2, exported.positions)
+        )
+        return [without_padding(row[1:]) for row in outputs]
+
+    return count_same_translations(exported.original, exported.sentences, translate)
