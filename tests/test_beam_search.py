@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fairseq.errors import FairseqError
-from fairseq.generation.beam_search import Hypothesis, beam_search, best_candidates
+from fairseq.generation.beam_search import beam_search, best_candidates, log2_sum_exp2
+from fairseq.generation.history import Hypothesis
 from fairseq.generation.sampling import sample, sentence_noise, truncate
 from fairseq.generation.score_reference import score_reference
 from fairseq.models.transformer import Transformer
@@ -96,7 +97,7 @@ VARIANTS = {
     "plain": BASE,
     "beam 1": replace(BASE, beam=1),
     "beam 4": replace(BASE, beam=4),
-    "wider than the vocabulary": replace(BASE, beam=VOCAB + 3, max_len_b=3),
+    "as wide as the vocabulary": replace(BASE, beam=VOCAB, max_len_b=3),
     "short": replace(BASE, lenpen=0.2),
     "long": replace(BASE, lenpen=2.0),
     "unnormalized": replace(BASE, unnormalized=True),
@@ -197,8 +198,9 @@ def test_best_candidates_are_those_of_a_whole_sort(vocab):
         scores = torch.randn(7, beam, generator=generator)
         scores[0, 1:] = -math.inf
         totals, order = (lprobs + scores[:, :, None]).flatten(1).sort(dim=1, descending=True)
-        found, tokens, beams = best_candidates(lprobs, scores)
-        assert torch.equal(found, totals[:, : 2 * beam])
+        offsets = torch.randn(7, beam, generator=generator)
+        found, tokens, beams = best_candidates(lprobs - offsets[:, :, None], offsets, scores, 2 * beam)
+        torch.testing.assert_close(found, totals[:, : 2 * beam])
         real = found.isfinite()
         assert torch.equal((beams * vocab + tokens)[real], order[:, : 2 * beam][real])
         assert tokens.max() < vocab and beams.max() < beam
@@ -319,6 +321,7 @@ def test_sampled_scores_are_the_models_log_probabilities():
     ("settings", "flag"),
     [
         ({"beam": 0}, "--beam 0"),
+        ({"beam": VOCAB + 1}, f"--beam {VOCAB + 1}: the target dictionary has {VOCAB} entries"),
         ({"nbest": 6}, "--nbest 6"),
         ({"min_len": -1}, "--min-len"),
         ({"max_len_b": 0}, "--max-len-b"),

@@ -88,8 +88,9 @@ def stepwise(model: Transformer) -> Tensor:
     src, prev = batch()
     rows = prev[1:3].repeat_interleave(2, dim=0)
     rows[1] = rows[3].roll(2)
-    cache = model.decoder.new_cache(model.encoder(src[1:3]), beam=2)
-    return torch.stack([model.decoder.step(rows[:, t], cache)[0] for t in range(rows.size(1))], dim=1)
+    cache = model.decoder.new_cache(model.encoder(src[1:3]))
+    features = [model.decoder.step(rows[:, t], cache)[0] for t in range(rows.size(1))]
+    return model.decoder.output_projection(torch.stack(features, dim=1))
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:

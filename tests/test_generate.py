@@ -16,7 +16,7 @@ from fairseq.cli.generate import main
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import IndexedDataset
 from fairseq.errors import FairseqError
-from fairseq.generation.beam_search import Hypothesis
+from fairseq.generation.history import Hypothesis
 from fairseq.generation.output import TextFormat, hard_alignment, load_alignment_dictionary
 from fairseq.generation.translate import translate_ids
 from fairseq.options import GenerationConfig

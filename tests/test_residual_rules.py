@@ -121,8 +121,9 @@ def test_step_by_step(settings, shape):
     weights = reference.weights_of(model)
     expected = reference.forward(weights, model.cfg, src.repeat_interleave(2, 0), prev).detach()
     with torch.no_grad():
-        cache = model.decoder.new_cache(model.encoder(src), beam=2)
-        steps = [model.decoder.step(tokens, cache)[0] for tokens in prev.T]
+        decoder = model.decoder
+        cache = decoder.new_cache(model.encoder(src))
+        steps = [decoder.output_projection(decoder.step(tokens, cache)[0]) for tokens in prev.T]
     assert_near({"logits": torch.stack(steps, 1)}, {"logits": expected}, 1e-5)
 
 

@@ -101,9 +101,10 @@ def test_step_by_step_equals_whole(settings):
     prev = prev.repeat_interleave(beam, 0)
     with torch.no_grad():
         whole, _ = model(src.repeat_interleave(beam, 0), lengths, prev)
-        cache = model.decoder.new_cache(model.encoder(src), beam)
+        cache = model.decoder.new_cache(model.encoder(src))
         for t in range(prev.size(1)):
-            logits, attn = model.decoder.step(prev[:, t], cache, need_attn=True)
+            features, attn = model.decoder.step(prev[:, t], cache, need_attn=True)
+            logits = model.decoder.output_projection(features)
             torch.testing.assert_close(logits, whole[:, t], atol=1e-5, rtol=1e-5)
             assert attn is not None
             torch.testing.assert_close(attn.sum(-1), torch.ones(len(prev)))
@@ -111,21 +112,28 @@ def test_step_by_step_equals_whole(settings):
 
 
 def test_cache_follows_reordered_and_dropped_rows():
+    """Rows that change places, in number and in sentence, over more steps than a block of the cache."""
     model = tiny()
-    src, _, prev = some_batch()
+    src, _, _ = some_batch()
+    generator = torch.Generator().manual_seed(0)
+    decoder = model.decoder
     with torch.no_grad():
-        cache = model.decoder.new_cache(model.encoder(src), 1)
-        model.decoder.step(prev[:, 0], cache)
-        cache.select(torch.tensor([0, 2]), torch.tensor([0, 2]))
-        logits, _ = model.decoder.step(prev[[0, 2], 1], cache)
-        whole, _ = model(src[[0, 2]], None, prev[[0, 2]])
-        torch.testing.assert_close(logits, whole[:, 1], atol=1e-5, rtol=1e-5)
-        pair = model.decoder.new_cache(model.encoder(src[:1]), 2)
-        model.decoder.step(torch.tensor([2, 9]), pair)
-        pair.select(torch.tensor([1, 1]))
-        both, _ = model.decoder.step(torch.tensor([5, 5]), pair)
-        expected, _ = model(src[:1], None, torch.tensor([[9, 5]]))
-        torch.testing.assert_close(both, expected[:, 1].expand(2, -1), atol=1e-5, rtol=1e-5)
+        cache = decoder.new_cache(model.encoder(src))
+        sentences = torch.arange(len(src))
+        told = torch.full((len(src), 1), 2)  # the tokens of each row
+        for step in range(40):
+            features, _ = decoder.step(told[:, -1], cache)
+            whole, _ = model(src[sentences.repeat_interleave(len(told) // len(sentences))], None, told)
+            torch.testing.assert_close(decoder.output_projection(features), whole[:, -1], atol=1e-5, rtol=1e-5)
+            beam, new_beam = len(told) // len(sentences), (1, 3, 2)[step % 3]
+            keep = None
+            if step in (3, 20):
+                keep = [len(sentences) - 1, *range(1, len(sentences) - 1)]  # the first goes, the last takes its place
+            kept = torch.arange(len(sentences)) if keep is None else torch.tensor(keep)
+            rows = (kept * beam)[:, None] + torch.randint(beam, (len(kept), new_beam), generator=generator)
+            sentences, rows = sentences[kept], rows.flatten()
+            cache.select(rows, keep)
+            told = torch.cat([told[rows], torch.randint(4, 20, (len(rows), 1), generator=generator)], dim=1)
 
 
 def test_padding_changes_nothing():

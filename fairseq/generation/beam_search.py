@@ -2,10 +2,12 @@
 
 A step scores every continuation of every hypothesis, takes a sentence's best 2 * beam, finishes those among the best
 beam that end in ``</s>``, and goes on with the best beam of the rest. A sentence is done, and leaves the batch, with
-beam finished hypotheses or at its longest output. Rows are sentences x beam, a sentence's hypotheses adjacent; a row
-that stands for nothing (all but one at the start, samples that have ended) has the score -inf.
+beam finished hypotheses or at its longest output. Rows are sentences x beam, a sentence's hypotheses adjacent, and
+sentences alone in the first step; a row that stands for nothing (samples that have ended) has the score -inf.
 
-Scores are float32 natural logarithms whatever the model computes in. The host looks at the device once a step.
+What makes it fast: see docs/performance.md. Inside, scores are float32 logarithms to base 2, whatever the model computes
+in: exp2 costs half of exp on a CPU. Hypotheses are not kept; each step's choices are, and at the end the outputs are
+read from them backwards.
 """
 
 from __future__ import annotations
@@ -19,76 +21,51 @@ from torch import Tensor
 
 from fairseq.errors import FairseqError
 from fairseq.generation.constraints import EOS, NEVER, PAD, check_generation_config, constrain, output_lengths
+from fairseq.generation.history import History, Hypothesis
 from fairseq.generation.sampling import sample, sentence_noise
 from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
 
-GROUP_SIZE = 8  # divides the size of most dictionaries: they are padded to a multiple of it
-
-
-@dataclass
-class Hypothesis:
-    """One output.
-
-    tokens: int64 (length,), ``</s>`` included. score: natural logarithm, sum / length ** lenpen (or the plain sum).
-    positional_scores: float32 (length,), log-probability of each token. attention: (src_len, length) over the source's
-    real tokens, averaged over heads (and models), or None. All on the CPU.
-    """
-
-    tokens: Tensor
-    score: float
-    positional_scores: Tensor
-    attention: Tensor | None = None
+GROUP_SIZE = 16
+CHUNK = 2**22  # logits at a time on a CPU: they stay in its cache, and a wide beam takes no more memory
+CHUNK_GPU = 2**28
+CHECK_EVERY = 4  # steps, on a GPU: that often the host waits for it, to drop the sentences that are done
+LOG2_E = math.log2(math.e)
 
 
 class _Ensemble:
     """The decoding state of one or more models, stepped together; their probabilities are averaged."""
 
-    def __init__(self, models: Sequence[Transformer], src_tokens: Tensor, beam: int, need_attn: bool) -> None:
+    def __init__(self, models: Sequence[Transformer], src_tokens: Tensor, cfg: GenerationConfig, attn: bool) -> None:
         self.models = models
-        self.need_attn = need_attn
-        self.caches = [model.decoder.new_cache(model.encoder(src_tokens), beam) for model in models]
+        self.need_attn = attn
+        self.scale = LOG2_E / cfg.temperature
+        self.caches = [model.decoder.new_cache(model.encoder(src_tokens)) for model in models]
 
-    def step(self, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
-        """tokens: (rows,), the last ones -> log-probabilities (rows, vocab), attention (rows, src_len) if needed."""
-        lprobs, attention = [], []
-        for model, cache in zip(self.models, self.caches, strict=True):
-            logits, attn = model.decoder.step(tokens, cache, self.need_attn)
-            if temperature != 1:
-                logits = logits.float() / temperature
-            lprobs.append(torch.log_softmax(logits, dim=-1, dtype=torch.float32))
-            if attn is not None:
-                attention.append(attn)
-        mean_attn = torch.stack(attention).mean(0) if attention else None
-        return average_probabilities(lprobs), mean_attn
+    def step(self, tokens: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """tokens: (rows,), the last ones -> features (rows, dim) of each model, attention (rows, src_len) if needed."""
+        steps = [m.decoder.step(tokens, c, self.need_attn) for m, c in zip(self.models, self.caches, strict=True)]
+        attention = [attn for _, attn in steps if attn is not None]
+        return [x for x, _ in steps], torch.stack(attention).mean(0) if attention else None
 
-    def select(self, rows: Tensor, sentences: Tensor | None) -> None:
+    def lprobs(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities to base 2 are the sum of both: (rows, vocab) and (rows, 1)."""
+        found = [self._lprobs(model, x) for model, x in zip(self.models, features, strict=True)]
+        if len(found) == 1:
+            return found[0]
+        natural = average_probabilities([(logits + offset) / LOG2_E for logits, offset in found])
+        return natural * LOG2_E, natural.new_zeros(natural.size(0), 1)
+
+    def _lprobs(self, model: Transformer, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.dtype == torch.float32:
+            logits = model.decoder.output_projection(x * self.scale)
+        else:
+            logits = model.decoder.output_projection(x).float().mul_(self.scale)
+        return logits, -log2_sum_exp2(logits)
+
+    def select(self, rows: Tensor | None, sentences: list[int] | None) -> None:
         for cache in self.caches:
             cache.select(rows, sentences)
-
-
-@dataclass
-class _Rows:
-    """The unfinished hypotheses. tokens, scores: (rows, 1 + step), from the initial ``</s>`` on, scores summed up to
-    each token; attention: (rows, src_len, step) or None.
-    """
-
-    tokens: Tensor
-    scores: Tensor
-    attention: Tensor | None
-
-    def select(self, rows: Tensor) -> _Rows:
-        """Those at indices ``rows``."""
-        attention = None if self.attention is None else self.attention.index_select(0, rows)
-        return _Rows(self.tokens.index_select(0, rows), self.scores.index_select(0, rows), attention)
-
-    def append(self, tokens: Tensor, scores: Tensor) -> _Rows:
-        """Each with one more token and its new summed score, both (rows,)."""
-        return _Rows(
-            torch.cat([self.tokens, tokens[:, None]], dim=1),
-            torch.cat([self.scores, scores[:, None]], dim=1),
-            self.attention,
-        )
 
 
 def average_probabilities(lprobs: Sequence[Tensor]) -> Tensor:
@@ -98,66 +75,55 @@ def average_probabilities(lprobs: Sequence[Tensor]) -> Tensor:
     return torch.logsumexp(torch.stack(list(lprobs)), dim=0) - math.log(len(lprobs))
 
 
-def best_candidates(lprobs: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best 2 * beam continuations of each sentence, best first.
+def log2_sum_exp2(x: Tensor) -> Tensor:
+    """The logarithm of the sum of 2**x over the last dimension, all to base 2: (rows, n) -> (rows, 1)."""
+    if x.device.type == "cpu":
+        # Without the passes that guard against overflow, which trained models are far from; here it can be looked at.
+        sums = torch.cat([part.exp2().sum(1, keepdim=True) for part in x.split(64)])
+        if sums.numel() == 0 or (sums.max() < 2.0**120 and sums.min() > 2.0**-60):
+            return sums.log2_()
+    largest = x.amax(1, keepdim=True)
+    return (x - largest).exp2_().sum(1, keepdim=True).log2_() + largest
 
-    lprobs: (sentences, beam, vocab); scores: (sentences, beam), summed so far. Returns scores, tokens and the beams
-    they continue, each (sentences, 2 * beam).
+
+def best_candidates(lprobs: Tensor, offsets: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best ``count`` continuations of each sentence, best first.
+
+    lprobs: (sentences, beam, vocab), to which offsets, (sentences, beam), are added; scores: (sentences, beam), summed
+    so far. Returns scores, tokens and the beams they continue, each (sentences, count); where there are not as many, the
+    last have the score -inf.
     """
     _, beam, vocab = lprobs.shape
+    found = min(count, beam * vocab)
     # The best k are in the k groups with the largest maxima, and maxima are found much faster than the best k.
     size = math.gcd(vocab, GROUP_SIZE) if vocab > GROUP_SIZE else 1
     groups = vocab // size  # token t is in group t % groups
-    maxima = lprobs.unflatten(2, (size, groups)).amax(2) + scores[:, :, None]
-    best = maxima.flatten(1).topk(2 * beam, dim=1).indices
+    maxima = lprobs.unflatten(2, (size, groups)).amax(2).add_((scores + offsets)[:, :, None])
+    best = maxima.flatten(1).topk(min(found, beam * groups), dim=1).indices
     first = best // groups * vocab + best % groups
     index = (first[:, :, None] + torch.arange(0, vocab, groups, device=first.device)).flatten(1)
-    totals, chosen = (lprobs.flatten(1).gather(1, index) + scores.gather(1, index // vocab)).topk(2 * beam, dim=1)
+    beams = index // vocab
+    totals = lprobs.flatten(1).gather(1, index) + offsets.gather(1, beams) + scores.gather(1, beams)
+    totals, chosen = totals.topk(found, dim=1)
     index = index.gather(1, chosen)
+    if found < count:
+        missing = index.new_zeros(index.size(0), count - found)
+        index = torch.cat([index, missing], dim=1)
+        totals = torch.cat([totals, torch.full_like(missing, NEVER, dtype=totals.dtype)], dim=1)
     return totals, index % vocab, index // vocab
 
 
 def sampled_candidates(
-    lprobs: Tensor, scores: Tensor, noise: Tensor, cfg: GenerationConfig
+    lprobs: Tensor, offsets: Tensor, scores: Tensor, noise: Tensor, cfg: GenerationConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``best_candidates``, but one random continuation of each beam: (sentences, beam). noise: same shape."""
-    tokens = sample(lprobs, noise, cfg.sampling_topk, cfg.sampling_topp)
-    totals = scores + lprobs.gather(2, tokens[:, :, None]).squeeze(2)
-    beams = torch.arange(lprobs.size(1), device=lprobs.device).expand_as(tokens)
-    return totals, tokens, beams
+    """As ``best_candidates``, but one random continuation of each beam: (sentences, beam). noise: same shape.
 
-
-class _Results:
-    """Finished hypotheses, a chunk a step, on the device until all are there."""
-
-    def __init__(self, sentences: int, cfg: GenerationConfig) -> None:
-        self.cfg = cfg
-        self.counts = [0] * sentences
-        self._chunks: list[tuple[list[int], _Rows]] = []
-
-    def admit(self, sentence: int) -> bool:
-        """Whether to keep one more hypothesis of a sentence, which then counts: at most ``beam`` are."""
-        self.counts[sentence] += 1
-        return self.counts[sentence] <= self.cfg.beam
-
-    def add(self, sentences: list[int], finished: _Rows) -> None:
-        """finished: its rows' sentences, by number in the first batch."""
-        self._chunks.append((sentences, finished))
-
-    def hypotheses(self, padding: Sequence[Tensor]) -> list[list[Hypothesis]]:
-        """Of each sentence, best first. padding: bool (src_len,) each, True on the source's padding."""
-        results: list[list[Hypothesis]] = [[] for _ in self.counts]
-        for sentences, chunk in self._chunks:
-            length = chunk.tokens.size(1) - 1
-            total = chunk.scores[:, -1]
-            final = total if self.cfg.unnormalized else total / length**self.cfg.lenpen
-            tokens, scores = chunk.tokens[:, 1:].cpu(), final.tolist()
-            positional = chunk.scores.diff(dim=1).cpu()
-            attention = None if chunk.attention is None else chunk.attention.cpu()
-            for row, sentence in enumerate(sentences):
-                attn = None if attention is None else attention[row][~padding[sentence]]
-                results[sentence].append(Hypothesis(tokens[row], scores[row], positional[row], attn))
-        return [sorted(hypotheses, key=lambda h: h.score, reverse=True) for hypotheses in results]
+    lprobs, offsets and scores may be of one beam only: it is that of all.
+    """
+    beams = torch.arange(lprobs.size(1), device=lprobs.device).expand_as(noise)
+    lprobs = (lprobs + offsets[:, :, None]).expand(-1, noise.size(1), -1)
+    tokens = sample(lprobs / LOG2_E, noise, cfg.sampling_topk, cfg.sampling_topp)
+    return scores + lprobs.gather(2, tokens[:, :, None]).squeeze(2), tokens, beams
 
 
 class _Batch:
@@ -177,63 +143,115 @@ class _Batch:
         self.noise: Tensor | None = None
         src_lengths = src_tokens.ne(PAD).sum(1).tolist()
         limit = min(model.cfg.max_target_positions for model in models) - 1
-        self.shortest, self.longest = output_lengths(cfg, src_lengths, limit)
+        shortest, longest = output_lengths(cfg, src_lengths, limit)
         self.sentences = list(range(len(src_lengths)))
-        self.steps = max(self.longest, default=-1) + 1
-        self.ensemble = _Ensemble(models, src_tokens, cfg.beam, need_attn)
-        rows = len(self.sentences) * cfg.beam
-        scores = torch.zeros(len(self.sentences), cfg.beam, device=self.device)
-        if not cfg.sampling:
-            scores[:, 1:] = NEVER  # all beams are the same at first: only one counts
-        attention = torch.empty(rows, src_tokens.size(1), 0, device=self.device) if need_attn else None
-        self.rows = _Rows(torch.full((rows, 1), EOS, device=self.device), scores.view(rows, 1), attention)
+        self.steps = max(longest, default=-1) + 1
+        self.no_end_before, self.no_limit_before = max(shortest, default=0), min(longest, default=0)
+        self.shortest, self.longest = self.index(shortest), self.index(longest)
+        self.counts = torch.zeros_like(self.longest)  # finished hypotheses
+        self.ensemble = _Ensemble(models, src_tokens, cfg, need_attn)
+        self.tokens = torch.full((len(self.sentences), 1), EOS, device=self.device)  # the last, or with n-grams all
+        self.scores = torch.zeros(len(self.sentences), 1, device=self.device)
 
-    def index(self, values: list[int] | list[bool]) -> Tensor:
+    def index(self, values: list[int]) -> Tensor:
         """One-dimensional, on the device, which the host does not wait for."""
-        return torch.tensor(values).to(self.device, non_blocking=True)
+        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
 
-    def candidates(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, tokens and rows of the continuations to choose from, best first: (sentences, at least beam)."""
-        lprobs, attn = self.ensemble.step(self.rows.tokens[:, -1], self.cfg.temperature)
-        lprobs = lprobs.unflatten(0, (-1, self.cfg.beam))
-        if self.rows.attention is not None and attn is not None:
-            self.rows.attention = torch.cat([self.rows.attention, attn[:, :, None]], dim=2)
-        short = [step < self.shortest[sentence] for sentence in self.sentences]
-        too_short = self.index(short) if any(short) else None
-        constrain(lprobs, self.rows.tokens, self.cfg, too_short, self._forced(step))
-        so_far = self.rows.scores[:, -1].view(-1, self.cfg.beam)
+    def candidates(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Scores, tokens and rows of the continuations to choose from, best first: (sentences, at least beam); and the
+        attention that led to them, (rows, src_len) or None.
+        """
+        features, attn = self.ensemble.step(self.tokens[:, -1])
+        vocab = self.ensemble.models[0].decoder.output_projection.out_features
+        beam = self.scores.size(1)
+        size = max(1, (CHUNK if self.device.type == "cpu" else CHUNK_GPU) // (beam * vocab))
+        pieces = -(-len(self.sentences) // size)
+        size = -(-len(self.sentences) // pieces)
+        chunks = [self._candidates(step, i, i + size, features) for i in range(0, len(self.sentences), size)]
+        scores, tokens, beams = (torch.cat(parts) if pieces > 1 else parts[0] for parts in zip(*chunks, strict=True))
+        first_rows = torch.arange(0, self.scores.numel(), beam, device=self.device)
+        return scores, tokens, beams + first_rows[:, None], attn
+
+    def _candidates(self, step: int, start: int, end: int, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, tokens and beams for sentences ``start`` to ``end``."""
+        beam = self.scores.size(1)
+        rows = slice(start * beam, end * beam)
+        lprobs, offsets = self.ensemble.lprobs([x[rows] for x in features])
+        lprobs, offsets = lprobs.unflatten(0, (-1, beam)), offsets.view(-1, beam)
+        too_short = self.shortest[start:end] > step if step < self.no_end_before else None
+        constrain(lprobs, self.tokens[rows], self.cfg, too_short, self._forced(step, start, end), LOG2_E)
+        so_far = self.scores[start:end]
         if self.noise is None:
-            scores, tokens, beams = best_candidates(lprobs, so_far)
-        else:
-            scores, tokens, beams = sampled_candidates(lprobs, so_far, self.noise[:, step], self.cfg)
-        first_rows = torch.arange(0, self.rows.tokens.size(0), self.cfg.beam, device=self.device)
-        return scores, tokens, beams + first_rows[:, None]
+            return best_candidates(lprobs, offsets, so_far, 2 * self.cfg.beam)
+        return sampled_candidates(lprobs, offsets, so_far, self.noise[start:end, step], self.cfg)
 
-    def _forced(self, step: int) -> Tensor | None:
+    def _forced(self, step: int, start: int, end: int) -> Tensor | None:
         """The token each sentence must have next, PAD for any: ``</s>`` at its longest output, else its prefix's."""
-        at_limit = [step >= self.longest[sentence] for sentence in self.sentences]
         prefix = self.prefix_tokens
         if prefix is not None and step < prefix.size(1):
-            forced = prefix[:, step]
-        elif any(at_limit):
-            forced = torch.full((len(at_limit),), PAD, device=self.device)
-        else:
+            forced = prefix[start:end, step]
+        elif step < self.no_limit_before:
             return None
-        return torch.where(self.index(at_limit), EOS, forced)
+        else:
+            forced = self.longest.new_full((min(end, len(self.sentences)) - start,), PAD)
+        return torch.where(self.longest[start:end] <= step, EOS, forced)
 
-    def go_on(self, keep: list[int], scores: Tensor, tokens: Tensor, rows: Tensor) -> None:
-        """Keep the sentences at indices ``keep``; each of their rows becomes ``rows`` with one more of ``tokens``.
+    def go_on(self, keep: list[int] | None, scores: Tensor, tokens: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        """Each row becomes ``rows`` with one more of ``tokens``; with ``keep``, of these sentences alone.
 
-        scores, tokens, rows: (sentences, beam).
+        scores, tokens, rows: (sentences, beam). Returns those that are kept.
         """
-        kept = self.index(keep) if len(keep) < len(self.sentences) else None
-        if kept is not None:
+        if keep is not None:
+            kept = self.index(keep)
             self.sentences = [self.sentences[i] for i in keep]
             scores, tokens, rows = scores[kept], tokens[kept], rows[kept]
+            self.shortest, self.longest, self.counts = self.shortest[kept], self.longest[kept], self.counts[kept]
             self.prefix_tokens = None if self.prefix_tokens is None else self.prefix_tokens[kept]
             self.noise = None if self.noise is None else self.noise[kept]
-        self.rows = self.rows.select(rows.flatten()).append(tokens.flatten(), scores.flatten())
-        self.ensemble.select(rows.flatten(), kept)
+        if self.cfg.no_repeat_ngram_size > 0:
+            self.tokens = torch.cat([self.tokens[rows.flatten()], tokens.view(-1, 1)], dim=1)
+        else:
+            self.tokens = tokens.view(-1, 1)
+        self.scores = scores
+        stay = self.cfg.beam == 1 and keep is None
+        self.ensemble.select(None if stay else rows.flatten(), keep)
+        return scores, tokens, rows
+
+
+def _fill_holes(done: list[bool]) -> list[int] | None:
+    """The sentences to go on with where some are done: the last of them take the others' places, so that most stay
+    where they are. None when all go on.
+    """
+    going_on = [i for i, is_done in enumerate(done) if not is_done]
+    if len(going_on) == len(done):
+        return None
+    last = [i for i in going_on if i >= len(going_on)]
+    return [last.pop() if done[i] else i for i in range(len(going_on))]
+
+
+@dataclass
+class _Choice:
+    """What a step ends and what it goes on with, each (sentences, beam). ends: bool."""
+
+    ends: Tensor
+    scores: Tensor
+    tokens: Tensor
+    rows: Tensor
+
+
+def _choose(scores: Tensor, tokens: Tensor, rows: Tensor, counts: Tensor, beam: int) -> _Choice:
+    """Split the candidates, each (sentences, at least beam): those among the first ``beam`` that end, as long as there
+    are not ``beam`` of the sentence, and the first ``beam`` of the rest. counts: (sentences,), ended so far; updated.
+    """
+    real = scores.isfinite()
+    ends = tokens.eq(EOS) & real
+    # the best beam that do not end, in order; where there are fewer, others fill up as rows that stand for nothing
+    others = ends.byte().argsort(dim=1, stable=True)[:, :beam]
+    other_scores = scores.masked_fill(ends | ~real, NEVER).gather(1, others)
+    ends = ends[:, :beam]
+    ends &= ends.cumsum(1) + counts[:, None] <= beam
+    counts += ends.sum(1)
+    return _Choice(ends, other_scores, tokens.gather(1, others), rows.gather(1, others))
 
 
 @torch.inference_mode()
@@ -255,34 +273,30 @@ def beam_search(
     Raises FairseqError for settings out of range, and when a sentence has no hypothesis since the models' output is not
     finite or the rules leave no token.
     """
-    check_generation_config(cfg)
+    check_generation_config(cfg, models[0].decoder.output_projection.out_features)
     beam = cfg.beam
     batch = _Batch(models, src_tokens, cfg, prefix_tokens, need_attn)
     if cfg.sampling:
         noise = sentence_noise(seed, batch.sentences if ids is None else ids, batch.steps, beam)
         batch.noise = noise.to(src_tokens.device)
-    results = _Results(len(batch.sentences), cfg)
+    history = History(src_tokens, cfg)
+    every = 1 if src_tokens.device.type == "cpu" else CHECK_EVERY
     for step in range(batch.steps):
-        scores, tokens, rows = batch.candidates(step)
-        ends = tokens.eq(EOS) & scores.isfinite()
-        # the best beam that do not end, in order; where there are fewer, others fill up as rows that stand for nothing
-        others = ends.byte().argsort(dim=1, stable=True)[:, :beam]
-        other_scores = scores.masked_fill(ends | ~scores.isfinite(), NEVER).gather(1, others)
-        seen = torch.cat([ends[:, :beam], other_scores.isfinite().any(1, keepdim=True)], dim=1).cpu()
-        ended = [at for at in seen[:, :-1].nonzero().tolist() if results.admit(batch.sentences[at[0]])]
-        if ended:
-            index = batch.index([sentence * tokens.size(1) + column for sentence, column in ended])
-            finished = batch.rows.select(rows.take(index)).append(tokens.take(index), scores.take(index))
-            results.add([batch.sentences[i] for i, _ in ended], finished)
-        # at its longest output a sentence has no live row: </s> was forced
-        is_live = seen[:, -1].tolist()
-        keep = [i for i, sentence in enumerate(batch.sentences) if is_live[i] and results.counts[sentence] < beam]
-        if not keep:
-            break
-        batch.go_on(keep, other_scores, tokens.gather(1, others), rows.gather(1, others))
-    if 0 in results.counts:
+        scores, tokens, rows, attn = batch.candidates(step)
+        choice = _choose(scores, tokens, rows, batch.counts, beam)
+        history.end(batch.sentences, choice.ends, scores[:, :beam], rows[:, :beam], attn)
+        keep = None
+        if step % every == every - 1:
+            # at its longest output a sentence has no live row: </s> was forced
+            done = (batch.counts >= beam) | ~choice.scores.isfinite().any(1)
+            keep = _fill_holes(done.tolist())
+            if keep == []:
+                break
+        history.go_on(*batch.go_on(keep, choice.scores, choice.tokens, choice.rows))
+    hypotheses = history.hypotheses()
+    if [] in hypotheses:
         raise FairseqError(
-            f"sentence {(ids or range(len(results.counts)))[results.counts.index(0)]} has no translation: the model's "
+            f"sentence {(ids or range(len(hypotheses)))[hypotheses.index([])]} has no translation: the model's "
             "output is not finite (in fp16, try bf16 or float32), or the constraints leave no token"
         )
-    return results.hypotheses(list(src_tokens.eq(PAD).cpu()))
+    return hypotheses

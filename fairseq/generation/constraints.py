@@ -15,10 +15,17 @@ PAD, EOS, UNK = 1, 2, 3  # the ids of every dictionary
 NEVER = float("-inf")
 
 
-def check_generation_config(cfg: GenerationConfig) -> None:
-    """Raise FairseqError, naming the flag, for values that are out of range or contradict each other."""
+def check_generation_config(cfg: GenerationConfig, vocab: int | None = None) -> None:
+    """Raise FairseqError, naming the flag, for values that are out of range or contradict each other.
+
+    vocab: the size of the target dictionary, where it is known.
+    """
     wrong = [
         (cfg.beam < 1, f"--beam {cfg.beam}: must be at least 1"),
+        (
+            vocab is not None and cfg.beam > vocab and not cfg.sampling,
+            f"--beam {cfg.beam}: the target dictionary has {vocab} entries; give at most as many, usually 4 to 10",
+        ),
         (not 1 <= cfg.nbest <= cfg.beam, f"--nbest {cfg.nbest}: must be between 1 and --beam {cfg.beam}"),
         (cfg.min_len < 0, f"--min-len {cfg.min_len}: must not be negative"),
         (
@@ -71,15 +78,17 @@ def constrain(
     cfg: GenerationConfig,
     too_short: Tensor | None,
     forced: Tensor | None,
+    unit: float = 1.0,
 ) -> None:
     """Apply every rule to ``lprobs``, in place.
 
     tokens: (sentences * beam, 1 + step), so far. too_short: bool (sentences,), True where ``</s>`` may not come yet,
     None when it may everywhere. forced: int64 (sentences,), the only token allowed next, PAD for any; None when nothing
-    is forced. A forced token wins over the other rules, as in fairseq.
+    is forced. A forced token wins over the other rules, as in fairseq. unit: what 1 of ``--unkpen`` is in ``lprobs``.
     """
     lprobs[:, :, PAD] = NEVER
-    lprobs[:, :, UNK] -= cfg.unkpen
+    if cfg.unkpen:
+        lprobs[:, :, UNK] -= cfg.unkpen * unit
     if forced is not None:
         index = forced[:, None, None].expand(-1, lprobs.size(1), 1)
         forced_lprobs = lprobs.gather(2, index)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fairseq.data.dictionary import Dictionary, post_process
 from fairseq.errors import FairseqError
-from fairseq.generation.beam_search import Hypothesis
 from fairseq.generation.constraints import EOS, UNK
+from fairseq.generation.history import Hypothesis
 
 
 def hard_alignment(hypothesis: Hypothesis) -> list[tuple[int, int]]:

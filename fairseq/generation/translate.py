@@ -15,8 +15,9 @@ from fairseq.checkpoint import build_from_checkpoint, check_dictionaries, load_c
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
-from fairseq.generation.beam_search import Hypothesis, beam_search
+from fairseq.generation.beam_search import beam_search
 from fairseq.generation.constraints import EOS, PAD
+from fairseq.generation.history import Hypothesis
 from fairseq.generation.score_reference import score_reference
 from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import Transformer

@@ -1,15 +1,12 @@
 """The encoder-decoder Transformer.
 
-One forward pass for training, and ``DecoderCache`` with ``TransformerDecoder.step`` for decoding one token at a time.
-The encoder's projected keys and values are kept once a sentence: its hypotheses attend to them as if they were
-successive positions of one query.
+One forward pass for training, and ``TransformerDecoder.step`` for decoding one token at a time with a ``DecoderCache``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 from fairseq.admin.residual import ResidualSite
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
+from fairseq.modules.decoder_cache import DecoderCache
 from fairseq.modules.attention import MultiheadAttention
 from fairseq.modules.feed_forward import FeedForward
 from fairseq.modules.positional_embedding import PositionalEmbedding
@@ -136,53 +134,6 @@ class TransformerEncoder(_Stack):
         return EncoderOut(x, mask)
 
 
-class DecoderCache:
-    """Keys and values of a decoding batch of ``sentences`` x ``beam`` hypotheses, hypotheses of a sentence adjacent.
-
-    self_kv: one (rows, length, 2, heads, head_dim) tensor a layer. A step makes it anew, one longer: hypotheses change
-    places at nearly every step, and to move them and to make room is then one copy.
-    encoder_kv: keys and values of the encoder's output, (sentences, heads, src_len, head_dim) each, a layer.
-    """
-
-    def __init__(self, encoder_kv: list[tuple[Tensor, Tensor]], encoder_mask: Tensor, beam: int) -> None:
-        self.encoder_kv = encoder_kv
-        self.encoder_mask = encoder_mask
-        self.length = 0
-        self.self_kv: list[Tensor] = []
-        for key, _ in encoder_kv:
-            sentences, heads, _, head_dim = key.shape
-            self.self_kv.append(key.new_empty(sentences * beam, 0, 2, heads, head_dim))
-        self._rows: Tensor | None = None  # what the next step's rows were in the last; None: the same
-
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one step's keys and values of a layer, each (rows, heads, 1, head_dim); returns those of all steps."""
-        old = self.self_kv[layer]
-        new = old.new_empty(key.size(0), self.length + 1, *old.shape[2:])
-        if self._rows is None:
-            new[:, :-1] = old
-        else:
-            torch.index_select(old, 0, self._rows, out=new[:, :-1])
-        new[:, -1, 0], new[:, -1, 1] = key.squeeze(2), value.squeeze(2)
-        self.self_kv[layer] = new
-        keys, values = new.permute(2, 0, 3, 1, 4)
-        return keys, values
-
-    def end_step(self) -> None:
-        """Call when all layers are extended."""
-        self.length += 1
-        self._rows = None
-
-    def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
-        """Make row i continue what row ``rows[i]`` was; rows of one sentence stay within it.
-
-        rows: int64 (rows,). sentences: int64, the sentences that they are of, where the others are dropped.
-        """
-        self._rows = rows if self._rows is None else self._rows.index_select(0, rows)
-        if sentences is not None:
-            self.encoder_kv = [(k.index_select(0, sentences), v.index_select(0, sentences)) for k, v in self.encoder_kv]
-            self.encoder_mask = self.encoder_mask.index_select(0, sentences)
-
-
 class TransformerDecoder(_Stack):
     """Embeddings, ``decoder_layers`` layers and the projection to the vocabulary."""
 
@@ -221,27 +172,26 @@ class TransformerDecoder(_Stack):
     def _layers(self) -> list[TransformerDecoderLayer]:
         return cast("list[TransformerDecoderLayer]", list(self.layers))
 
-    def new_cache(self, encoder_out: EncoderOut, beam: int) -> DecoderCache:
-        """A cache to decode ``beam`` hypotheses a sentence of ``encoder_out`` with."""
-        encoder_kv = [layer.encoder_attn.project_kv(encoder_out.x) for layer in self._layers()]
-        return DecoderCache(encoder_kv, encoder_out.mask, beam)
+    def new_cache(self, encoder_out: EncoderOut) -> DecoderCache:
+        """A cache to decode the sentences of ``encoder_out`` with."""
+        return DecoderCache([layer.encoder_attn for layer in self._layers()], encoder_out.x, encoder_out.mask)
 
     def step(self, tokens: Tensor, cache: DecoderCache, need_attn: bool = False) -> tuple[Tensor, Tensor | None]:
         """One more token of every hypothesis.
 
-        tokens: (rows,), the last tokens; rows = sentences x beam. Returns logits (rows, vocab) and, with
-        ``need_attn``, the last layer's attention over the source averaged over heads, (rows, src_len).
+        tokens: (rows,), the last tokens, as many for each sentence, those of a sentence adjacent. Returns features
+        (rows, dim), whose ``output_projection`` are the logits, and, with ``need_attn``, the last layer's attention
+        over the source averaged over heads, (rows, src_len).
         """
         positions = None if self.embed_positions is None else self.embed_positions.at(cache.length)
         x = self.embed(tokens[:, None], positions)
         attn: list[Tensor] = []
         for i, layer in enumerate(self._layers()):
-            wanted = attn if need_attn and i == len(self.layers) - 1 else None
-            x = layer.step(x, partial(cache.extend, i), cache.encoder_kv[i], cache.encoder_mask, wanted)
+            x = layer.step(x, cache, i, attn if need_attn and i == len(self.layers) - 1 else None)
         cache.end_step()
         if self.layer_norm is not None:
             x = self.layer_norm(x)
-        return self.output_projection(x).squeeze(1), attn[0] if attn else None
+        return x.squeeze(1), attn[0] if attn else None
 
 
 class Transformer(nn.Module):

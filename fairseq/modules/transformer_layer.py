@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from fairseq.modules.attention import MultiheadAttention
+from fairseq.modules.decoder_cache import DecoderCache
 from fairseq.modules.feed_forward import FeedForward
 
 
@@ -62,29 +61,18 @@ class TransformerDecoderLayer(nn.Module):
         x = self.encoder_attn_residual(x, lambda q: self.encoder_attn(q, encoder_out, mask=encoder_mask))
         return self.ffn_residual(x, self.feed_forward)
 
-    def step(
-        self,
-        x: Tensor,
-        extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        encoder_kv: tuple[Tensor, Tensor],
-        encoder_mask: Tensor,
-        attn: list[Tensor] | None = None,
-    ) -> Tensor:
-        """One decoding step: x: (rows, 1, dim) -> same shape; rows = sentences x beam, a sentence's rows adjacent.
+    def step(self, x: Tensor, cache: DecoderCache, number: int, attn: list[Tensor] | None = None) -> Tensor:
+        """One decoding step: x: (rows, 1, dim) -> same shape; rows as ``cache`` has them.
 
-        extend: takes this step's self-attention keys and values, (rows, heads, 1, head_dim), keeps them, and returns
-        those of all steps up to now. encoder_kv, encoder_mask: of the sentences. attn: if given, the encoder attention
-        of this layer, averaged over heads, (rows, src_len), is appended to it.
+        number: of this layer, from 0. attn: if given, the attention over the source, averaged over heads, (rows,
+        src_len), is appended to it.
         """
-        keys, values = encoder_kv
 
         def encoder_attn(q: Tensor) -> Tensor:
-            # A sentence's hypotheses are successive positions of one query: its keys and values need no copies.
-            q_by_sentence = q.view(keys.size(0), -1, q.size(-1))
             if attn is not None:
-                attn.append(self.encoder_attn.attention_weights(q_by_sentence, keys, encoder_mask).flatten(0, 1))
-            return self.encoder_attn.attend(q_by_sentence, keys, values, encoder_mask).view_as(q)
+                attn.append(cache.encoder_attention_weights(number, self.encoder_attn, q))
+            return cache.encoder_attention(number, self.encoder_attn, q)
 
-        x = self.self_attn_residual(x, lambda q: self.self_attn.attend(q, *extend(*self.self_attn.project_kv(q))))
+        x = self.self_attn_residual(x, lambda q: cache.self_attention(number, self.self_attn, q))
         x = self.encoder_attn_residual(x, encoder_attn)
         return self.ffn_residual(x, self.feed_forward)

@@ -1,0 +1,124 @@
+"""What decoding keeps from step to step: keys and values of each attention.
+
+Those of the encoder's output are kept once a sentence: its hypotheses attend to them as successive positions of one
+query. Those of the tokens so far are kept a hypothesis, in room for more tokens than there are yet, so that most steps
+only write their own; when hypotheses change places, the copy that moves them also makes room.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fairseq.modules.attention import MultiheadAttention
+
+BLOCK, SMALLEST_ROOM = 8, 16  # tokens; products with fewer than 16 keys leave the fast batched kernel of the CPU
+
+
+class DecoderCache:
+    """Keys and values of a decoding batch, the hypotheses of a sentence adjacent, as many for every sentence.
+
+    ``length`` is the number of tokens so far. The number of hypotheses a sentence is that of the tokens of a step, and
+    ``select`` changes it.
+    """
+
+    def __init__(self, encoder_attns: Sequence[MultiheadAttention], encoder_x: Tensor, encoder_mask: Tensor) -> None:
+        """encoder_attns: those of the layers. encoder_x: (sentences, src_len, dim); encoder_mask: bool (sentences, 1,
+        1, src_len), True on real tokens.
+        """
+        self.length = 0
+        bias = torch.zeros_like(encoder_mask, dtype=encoder_x.dtype).masked_fill_(~encoder_mask, -math.inf)
+        self.encoder_mask, self.encoder_bias = encoder_mask, bias
+        projected = [attn.project_kv(encoder_x) for attn in encoder_attns]
+        self.encoder_kv = [(keys.contiguous(), values.contiguous()) for keys, values in projected]
+        self.self_kv: list[tuple[Tensor, Tensor] | None] = [None] * len(self.encoder_kv)  # (rows, heads, room, head_dim)
+        self._rows: Tensor | None = None  # what this step's rows were in the last; None: the same
+        self._bias: Tensor | None = None  # (room,), -inf where there is no token yet
+
+    def self_attention(self, layer: int, attn: MultiheadAttention, x: Tensor) -> Tensor:
+        """x: (rows, 1, dim), what one step's tokens attend with -> same shape. Their keys and values are kept."""
+        query, key, value = (
+            projection(x).view(x.size(0), attn.num_heads, 1, -1) for projection in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        keys, values = self._move(layer, key)
+        keys[:, :, self.length] = key.squeeze(2)
+        values[:, :, self.length] = value.squeeze(2)
+        self.self_kv[layer] = keys, values
+        if self._bias is None:
+            self._bias = keys.new_full((keys.size(2),), -math.inf)
+            self._bias[: self.length + 1] = 0
+        context = attend(query, keys, values, self._bias)
+        return attn.out_proj(attn.inner_norm(context.view_as(x)))
+
+    def _move(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values, each row where it belongs now, with room for one more token."""
+        room = max(SMALLEST_ROOM, -(-(self.length + 1) // BLOCK) * BLOCK)
+        old = self.self_kv[layer]
+        if old is None:
+            rows, heads, _, head_dim = like.shape
+            # zeros: what is there weighs nothing in attention unless it is NaN
+            return like.new_zeros(rows, heads, room, head_dim), like.new_zeros(rows, heads, room, head_dim)
+        if room > old[0].size(2):
+            old = F.pad(old[0], (0, 0, 0, room - old[0].size(2))), F.pad(old[1], (0, 0, 0, room - old[1].size(2)))
+        if self._rows is None:
+            return old
+        return old[0].index_select(0, self._rows), old[1].index_select(0, self._rows)
+
+    def encoder_attention(self, layer: int, attn: MultiheadAttention, x: Tensor) -> Tensor:
+        """x: (rows, 1, dim), what one step's tokens attend with -> same shape."""
+        keys, values = self.encoder_kv[layer]
+        query = attn.q_proj(x).view(keys.size(0), -1, attn.num_heads, keys.size(3)).transpose(1, 2)
+        context = attend(query, keys, values, self.encoder_bias)
+        return attn.out_proj(attn.inner_norm(context.transpose(1, 2).reshape(x.shape)))
+
+    def encoder_attention_weights(self, layer: int, attn: MultiheadAttention, x: Tensor) -> Tensor:
+        """What ``encoder_attention`` attends to, averaged over heads: x: (rows, 1, dim) -> (rows, src_len), float32."""
+        keys, _ = self.encoder_kv[layer]
+        by_sentence = x.view(keys.size(0), -1, x.size(-1))
+        return attn.attention_weights(by_sentence, keys, self.encoder_mask).flatten(0, 1)
+
+    def end_step(self) -> None:
+        """Call when all layers have attended."""
+        self.length += 1
+        self._rows = self._bias = None
+
+    def select(self, rows: Tensor | None, sentences: Sequence[int] | None = None) -> None:
+        """Make row i continue what row ``rows[i]`` was (None: all stay); rows of one sentence stay within it.
+
+        rows: int64, a multiple of the sentences. sentences: where some are dropped, what each of the rest was; the
+        cheaper, the more are what they were.
+        """
+        if rows is not None:
+            self._rows = rows if self._rows is None else self._rows.index_select(0, rows)
+        if sentences is None:
+            return
+        moved = [i for i, sentence in enumerate(sentences) if sentence != i]
+        device = self.encoder_mask.device
+        to, source = torch.tensor([moved, [sentences[i] for i in moved]]).to(device, non_blocking=True)
+
+        def keep(x: Tensor) -> Tensor:
+            if moved:
+                x.index_copy_(0, to, x.index_select(0, source))
+            return x[: len(sentences)]
+
+        self.encoder_kv = [(keep(keys), keep(values)) for keys, values in self.encoder_kv]
+        self.encoder_mask, self.encoder_bias = keep(self.encoder_mask), keep(self.encoder_bias)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Scaled dot-product attention of few queries: (batch, heads, time, head_dim) -> same shape.
+
+    key, value: (batch, heads, mem, head_dim). bias: added to the scores, broadcastable to (batch, heads, time, mem).
+    """
+    if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.float64):
+        return F.scaled_dot_product_attention(query, key, value, bias.expand(query.size(0), 1, 1, -1))
+    batch, heads, time, _ = query.shape
+    if bias.dim() > 1:
+        bias = bias.expand(-1, heads, -1, -1).reshape(batch * heads, 1, -1)
+    query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=1 / math.sqrt(query.size(-1)))
+    return torch.bmm(scores.softmax(-1), value).view(batch, heads, time, -1)
