@@ -110,7 +110,9 @@ def reference_search(
         going_on: list[tuple[int, list[tuple[int, int, float]]]] = []  # sentence, (row, token, score) of each beam
         for i, sentence in enumerate(active.tolist()):
             others = []
-            for rank, (total, word, at) in enumerate(zip(*(x[i].tolist() for x in (totals, words, beams)), strict=True)):
+            for rank, (total, word, at) in enumerate(
+                zip(*(x[i].tolist() for x in (totals, words, beams)), strict=True)
+            ):
                 row = i * beam + at
                 if not math.isfinite(total):
                     continue
@@ -134,7 +136,8 @@ def reference_search(
             break
         kept = torch.tensor([i for i, _ in going_on], device=device)
         rows, new_tokens, new_scores = (
-            torch.tensor(column, device=device) for column in zip(*(row for _, rows in going_on for row in rows), strict=True)
+            torch.tensor(column, device=device)
+            for column in zip(*(row for _, rows in going_on for row in rows), strict=True)
         )
         active = active[kept]
         tokens = torch.cat([tokens[rows], new_tokens[:, None]], dim=1)

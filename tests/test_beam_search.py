@@ -9,6 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import fairseq.generation.beam_search as search
+from fairseq import admin
+from fairseq.checkpoint import load_model
+from fairseq.data.indexed_dataset import IndexedDataset
 from fairseq.errors import FairseqError
 from fairseq.generation.beam_search import beam_search, best_candidates, log2_sum_exp2
 from fairseq.generation.history import Hypothesis
@@ -16,6 +20,7 @@ from fairseq.generation.sampling import sample, sentence_noise, truncate
 from fairseq.generation.score_reference import score_reference
 from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
+from tests.reference_search import reference_search
 from tests.toys import VOCAB, toy_model
 
 PAD, EOS, UNK = 1, 2, 3
@@ -345,3 +350,109 @@ def test_model_that_gives_nan():
         model.decoder.output_projection.weight.fill_(math.nan)
     with pytest.raises(FairseqError, match=r"sentence 7 .* not finite"):
         beam_search([model], sources()[0][None], BASE, ids=[7])
+
+
+# -- the straightforward search
+
+
+def deep_model(layers: int, init_type: str = "default") -> Transformer:
+    """Random; with Admin, profiled."""
+    model = toy_model(encoder_layers=layers, decoder_layers=layers, init_type=init_type)
+    if init_type != "default":
+        src = batch_of(sources(1))
+        batch = {"src_tokens": src, "src_lengths": src.ne(PAD).sum(1), "prev_output_tokens": src.flip(1)}
+        admin.apply_profile(model, admin.profile(model, batch))
+    return model
+
+
+def compare(models: list[Transformer], rows: list[Tensor], cfg: GenerationConfig, size: int = 128, **options) -> None:
+    """The package's search finds what the reference finds, in every batch of ``size`` sentences."""
+    prefixes = options.pop("prefixes", None)
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        given = dict(options, ids=list(range(len(rows)))[part])
+        if prefixes is not None:
+            given["prefix_tokens"] = prefixes[part]
+        expected = reference_search(models, batch_of(rows[part]), cfg, **given)
+        for a, b in zip(beam_search(models, batch_of(rows[part]), cfg, **given), expected, strict=True):
+            assert_same(a, [(h.tokens.tolist(), h.score, h.positional_scores.tolist()) for h in b])
+            for x, y in zip(a, b, strict=True):
+                assert (x.attention is None) == (y.attention is None)
+                if x.attention is not None and y.attention is not None:
+                    torch.testing.assert_close(x.attention, y.attention.float(), atol=1e-5, rtol=1e-5)
+
+
+LENGTHS = (2, 6, 3, 5, 4, 6, 2, 1, 3, 5, 9, 4, 6)
+DEPTHS = pytest.mark.parametrize(("layers", "init_type"), [(6, "default"), (18, "adaptive-profiling")])
+SEARCHES = {
+    "beam 1": {"beam": 1},
+    "beam 4": {"beam": 4},
+    "beam 5": {"beam": 5},
+    "beam 10": {"beam": 10},
+    "n-grams": {"no_repeat_ngram_size": 2},
+    "long": {"min_len": 20, "max_len_b": 30, "lenpen": 1.5},
+    "sampling": {"sampling": True, "beam": 4},
+    "top 3": {"sampling": True, "sampling_topk": 3},
+    "nucleus": {"sampling": True, "sampling_topp": 0.7, "temperature": 1.3},
+}
+
+
+@pytest.mark.parametrize("settings", SEARCHES.values(), ids=SEARCHES.keys())
+@DEPTHS
+def test_agrees_with_the_straightforward_search(layers, init_type, settings):
+    cfg = GenerationConfig(**({"max_len_b": 12} | settings))
+    compare([deep_model(layers, init_type)], sources(3, LENGTHS), cfg, need_attn=True, seed=5)
+
+
+@pytest.mark.parametrize("size", [1, 5, 128])
+@DEPTHS
+def test_agrees_in_every_batch(layers, init_type, size):
+    rows = sources(4, LENGTHS)
+    compare([deep_model(layers, init_type)], rows, GenerationConfig(max_len_b=12), size=size)
+
+
+@DEPTHS
+def test_agrees_with_prefixes_and_ensembles(layers, init_type):
+    models = [deep_model(layers, init_type), deep_model(2)]
+    rows = sources(5, LENGTHS)
+    prefixes = torch.tensor([[4 + i % 9, 5, PAD if i % 2 else 6] for i in range(len(rows))])
+    cfg = GenerationConfig(max_len_b=12)
+    compare(models, rows, cfg)
+    compare(models[:1], rows, cfg, prefixes=prefixes)
+    compare(models, rows, replace(cfg, beam=3, sampling=True), prefixes=prefixes)
+
+
+@pytest.mark.parametrize("check_every", [1, 3, 4])
+@pytest.mark.parametrize("chunk", [1, 200, 2**23])
+def test_neither_pieces_nor_rare_checks_change_the_result(monkeypatch, check_every, chunk):
+    """A GPU looks for finished sentences every few steps only; logits are computed for some sentences at a time."""
+    monkeypatch.setattr(search, "CHUNK", chunk)
+    monkeypatch.setattr(search, "check_interval", lambda device: check_every)
+    rows = sources(6, lengths=(5, 3, 7, 1, 4, 2, 2, 6))
+    for cfg in (BASE, replace(BASE, max_len_a=1.5, max_len_b=2), replace(BASE, sampling=True, beam=3)):
+        compare([toy_model()], rows, cfg, need_attn=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beam", [1, 4, 5, 10])
+@pytest.mark.parametrize("size", [1, 32, 128])
+def test_agrees_on_a_real_model(shared, beam, size):
+    """In float32: of sentences with ties the order may differ, of which there is none among these."""
+    model = load_model(shared / "reference" / "fairseq012_tiny.pt")
+    dataset = IndexedDataset(shared / "reference" / "multi30k-databin" / "test.en-de.en")
+    numbers = range(0, len(dataset), 200 if size == 1 else 25)
+    rows = sorted((torch.tensor(dataset[i].tolist()) for i in numbers), key=len)
+    for start in range(0, len(rows), size):
+        batch, cfg = batch_of(rows[start : start + size]), GenerationConfig(beam=beam)
+        for a, b in zip(beam_search([model], batch, cfg), reference_search([model], batch, cfg), strict=True):
+            assert [h.tokens.tolist() for h in a] == [h.tokens.tolist() for h in b]
+            for x, y in zip(a, b, strict=True):
+                assert x.score == pytest.approx(y.score, abs=1e-5)
+                torch.testing.assert_close(x.positional_scores, y.positional_scores, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [0.0, 300.0, -300.0])
+def test_log2_sum_exp2_does_not_overflow(shift):
+    x = torch.randn(70, 50, generator=torch.Generator().manual_seed(0)) * 5 + shift
+    expected = torch.logsumexp(x.double() * math.log(2), dim=1, keepdim=True) / math.log(2)
+    torch.testing.assert_close(log2_sum_exp2(x).double(), expected, atol=1e-4, rtol=1e-6)

@@ -27,7 +27,7 @@ from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
 
 GROUP_SIZE = 16
-CHUNK = 2**22  # logits at a time on a CPU: they stay in its cache, and a wide beam takes no more memory
+CHUNK = 2**23  # logits at a time on a CPU: a wide beam takes no more memory
 CHUNK_GPU = 2**28
 CHECK_EVERY = 4  # steps, on a GPU: that often the host waits for it, to drop the sentences that are done
 LOG2_E = math.log2(math.e)
@@ -66,6 +66,11 @@ class _Ensemble:
     def select(self, rows: Tensor | None, sentences: list[int] | None) -> None:
         for cache in self.caches:
             cache.select(rows, sentences)
+
+
+def check_interval(device: torch.device) -> int:
+    """Steps from one look at which sentences are done, for which the host waits, to the next."""
+    return 1 if device.type == "cpu" else CHECK_EVERY
 
 
 def average_probabilities(lprobs: Sequence[Tensor]) -> Tensor:
@@ -280,7 +285,7 @@ def beam_search(
         noise = sentence_noise(seed, batch.sentences if ids is None else ids, batch.steps, beam)
         batch.noise = noise.to(src_tokens.device)
     history = History(src_tokens, cfg)
-    every = 1 if src_tokens.device.type == "cpu" else CHECK_EVERY
+    every = check_interval(src_tokens.device)
     for step in range(batch.steps):
         scores, tokens, rows, attn = batch.candidates(step)
         choice = _choose(scores, tokens, rows, batch.counts, beam)

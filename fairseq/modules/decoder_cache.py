@@ -35,14 +35,17 @@ class DecoderCache:
         self.encoder_mask, self.encoder_bias = encoder_mask, bias
         projected = [attn.project_kv(encoder_x) for attn in encoder_attns]
         self.encoder_kv = [(keys.contiguous(), values.contiguous()) for keys, values in projected]
-        self.self_kv: list[tuple[Tensor, Tensor] | None] = [None] * len(self.encoder_kv)  # (rows, heads, room, head_dim)
+        self.self_kv: list[tuple[Tensor, Tensor] | None] = [None] * len(
+            self.encoder_kv
+        )  # (rows, heads, room, head_dim)
         self._rows: Tensor | None = None  # what this step's rows were in the last; None: the same
         self._bias: Tensor | None = None  # (room,), -inf where there is no token yet
 
     def self_attention(self, layer: int, attn: MultiheadAttention, x: Tensor) -> Tensor:
         """x: (rows, 1, dim), what one step's tokens attend with -> same shape. Their keys and values are kept."""
         query, key, value = (
-            projection(x).view(x.size(0), attn.num_heads, 1, -1) for projection in (attn.q_proj, attn.k_proj, attn.v_proj)
+            projection(x).view(x.size(0), attn.num_heads, 1, -1)
+            for projection in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
         keys, values = self._move(layer, key)
         keys[:, :, self.length] = key.squeeze(2)
