@@ -33,7 +33,8 @@ from fairseq.utils.io import atomic_write
 from fairseq.utils.memory import keep_freed_memory
 
 COLUMNS = (
-    "device", "model", "search", "precision", "beam", "batch", "threads", "sentences/s", "tokens/s", "load s", "peak MiB",
+    "device", "model", "search", "precision", "beam", "batch", "threads", "sentences/s", "tokens/s", "load s",
+    "peak MiB",
 )  # fmt: skip
 Row = dict[str, Any]
 

@@ -5,8 +5,8 @@ beam that end in ``</s>``, and goes on with the best beam of the rest. A sentenc
 beam finished hypotheses or at its longest output. Rows are sentences x beam, a sentence's hypotheses adjacent, and
 sentences alone in the first step; a row that stands for nothing (samples that have ended) has the score -inf.
 
-What makes it fast: see docs/performance.md. Inside, scores are float32 logarithms to base 2, whatever the model computes
-in: exp2 costs half of exp on a CPU. Hypotheses are not kept; each step's choices are, and at the end the outputs are
+What makes it fast: see docs/performance.md. Inside, scores are float32 logarithms to base 2, whatever the model
+computes in: exp2 costs half of exp on a CPU. Hypotheses are not kept; each step's choices are, and at the end the outputs are
 read from them backwards.
 """
 
@@ -95,8 +95,8 @@ def best_candidates(lprobs: Tensor, offsets: Tensor, scores: Tensor, count: int)
     """The best ``count`` continuations of each sentence, best first.
 
     lprobs: (sentences, beam, vocab), to which offsets, (sentences, beam), are added; scores: (sentences, beam), summed
-    so far. Returns scores, tokens and the beams they continue, each (sentences, count); where there are not as many, the
-    last have the score -inf.
+    so far. Returns scores, tokens and the beams they continue, each (sentences, count); where there are not as many,
+    the last have the score -inf.
     """
     _, beam, vocab = lprobs.shape
     found = min(count, beam * vocab)

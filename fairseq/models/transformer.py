@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fairseq.admin.residual import ResidualSite
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
-from fairseq.modules.decoder_cache import DecoderCache
 from fairseq.modules.attention import MultiheadAttention
+from fairseq.modules.decoder_cache import DecoderCache
 from fairseq.modules.feed_forward import FeedForward
 from fairseq.modules.positional_embedding import PositionalEmbedding
 from fairseq.modules.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
