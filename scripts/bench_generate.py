@@ -76,7 +76,7 @@ def native(args: argparse.Namespace, one: Row, sources: list[Tensor], device: st
     """Load the models; returns what translates the first so many sentences and counts the tokens of the outputs."""
     if one["search"] == "reference":
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-        translate.beam_search = importlib.import_module("tests.reference_search").reference_search  # type: ignore[attr-defined]
+        translate.beam_search = importlib.import_module("tests.reference_search").reference_search
     precision = one["precision"]
     models, _ = load_ensemble(args.path.split(":"), device=device, fp16=precision == "fp16", bf16=precision == "bf16")
     cfg = GenerationConfig(beam=one["beam"])

@@ -6,8 +6,8 @@ beam finished hypotheses or at its longest output. Rows are sentences x beam, a 
 sentences alone in the first step; a row that stands for nothing (samples that have ended) has the score -inf.
 
 What makes it fast: see docs/performance.md. Inside, scores are float32 logarithms to base 2, whatever the model
-computes in: exp2 costs half of exp on a CPU. Hypotheses are not kept; each step's choices are, and at the end the outputs are
-read from them backwards.
+computes in: exp2 costs half of exp on a CPU. Hypotheses are not kept; each step's choices are, and at the end the
+outputs are read from them backwards.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class History:
 
     def hypotheses(self) -> list[list[Hypothesis]]:
         """Of each sentence of the first batch, best first."""
-        ended = [(sentences, *(x.cpu().numpy() for x in tensors)) for sentences, *tensors in self._ended]
+        ended = [(n, e.cpu().numpy(), s.cpu().numpy(), r.cpu().numpy()) for n, e, s, r in self._ended]
         places = [ends.nonzero() for _, ends, _, _ in ended]
         lengths = np.repeat(np.arange(1, len(ended) + 1), [len(columns) for _, columns in places])[::-1]
         total = len(lengths)
@@ -63,7 +63,7 @@ class History:
         attention = [x.cpu().float() for x in self._attention]
         attn = torch.zeros(total, self.src_tokens.size(1), len(ended)) if attention else None
         owners: list[int] = []
-        rows = np.zeros(0, np.int64)
+        rows: np.ndarray = np.zeros(0, np.int64)
         # Backwards, hypotheses in the order in which they are met; a step's in reverse.
         for step in reversed(range(len(ended))):
             count = len(rows)
