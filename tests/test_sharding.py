@@ -92,7 +92,7 @@ def _in_each(rank: int, port: int, directory: Path) -> None:
                 with torch.no_grad():
                     outputs = [m.eval()(torch.full((2, 3), 7), None, torch.full((2, 3), 9))[0] for m in (whole, model)]
                 torch.testing.assert_close(*outputs)
-                cache = model.decoder.new_cache(model.encoder(torch.full((2, 3), 7)), beam=1)
+                cache = model.decoder.new_cache(model.encoder(torch.full((2, 3), 7)))
                 model.decoder.step(torch.tensor([9, 9]), cache)
         assert all(hasattr(p, "to_local") for p in model.parameters())
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
-from fairseq.generation.beam_search import Hypothesis
 from fairseq.generation.constraints import EOS, PAD, check_generation_config
+from fairseq.generation.history import Hypothesis
 from fairseq.generation.translate import NO_REFERENCES, Translation, languages_of, needs_attention, without_padding
 from fairseq.options import DataConfig, GenerationConfig, ReferenceConfig, section
 from fairseq.utils.extras import require

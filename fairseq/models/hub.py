@@ -18,7 +18,7 @@ from fairseq.data.dictionary import EOS, Dictionary
 from fairseq.data.encoders import TextPipeline, make_text_pipeline
 from fairseq.data.translation import infer_languages, load_dictionaries
 from fairseq.errors import FairseqError
-from fairseq.generation.beam_search import Hypothesis
+from fairseq.generation.history import Hypothesis
 from fairseq.generation.output import TextFormat, in_base_2, load_alignment_dictionary
 from fairseq.generation.translate import encode_source, languages_of, load_ensemble, longest_source, translate_ids
 from fairseq.models.transformer import Transformer

@@ -196,7 +196,7 @@ class TrainingRun:
             if batch is not None:
                 src_tokens = int(batch["net_input"]["src_lengths"].sum())
                 size = batch["nsentences"], src_tokens, batch["ntokens"]
-                flops = {"flops": training_flops(self.trainer.model.cfg, self.vocab, *size)}  # type: ignore[arg-type]
+                flops = {"flops": training_flops(self.trainer.model.cfg, self.vocab, *size)}
                 self.interval_stats.add(flops)
                 self.epoch_stats.add(flops)
 

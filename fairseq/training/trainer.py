@@ -50,7 +50,7 @@ class Trainer:
         self.model = model
         self.cfg: OptimizationConfig = section(OptimizationConfig, args)
         if args.compile:
-            compile_layers([*model.encoder.layers, *model.decoder.layers])  # type: ignore[union-attr, misc]
+            compile_layers([*model.encoder.layers, *model.decoder.layers])
         self._wrapped = world.average_gradients(self.model, args.ddp_backend, args.bucket_cap_mb)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._sharded = any(isinstance(p, DTensor) for p in self.parameters)
