@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from fairseq import __version__
-from fairseq.admin.residual import MEASURED_TYPES
 from fairseq.registry import (
     ARCHITECTURES,
     CRITERIONS,
@@ -596,6 +595,8 @@ def parse_train_args(
 
 def _check_init_type_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what would do nothing. args: before the architecture has filled in what was not given."""
+    from fairseq.admin.residual import MEASURED_TYPES  # imports torch, which fairseq-preprocess does without
+
     measures = args.init_type in MEASURED_TYPES
     for given, flag_name, works, init_type in (
         (args.profile_batches != 1, "--profile-batches", measures, "adaptive"),

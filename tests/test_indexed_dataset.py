@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fairseq.data import indexed_dataset
 from fairseq.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dtype_for
 from fairseq.errors import FairseqError
 
@@ -53,6 +54,15 @@ def test_add_many_equals_add(tmp_path: Path) -> None:
         writer.add_many(np.array([7, 2]), np.array([2]))
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"x.{suffix}").read_bytes() == (tmp_path / f"y.{suffix}").read_bytes()
+
+
+def test_offsets_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentences = [[4] * n + [2] for n in range(8)]
+    _write(tmp_path / "x", sentences)
+    for block in (1, 3, 8):
+        monkeypatch.setattr(indexed_dataset, "OFFSETS_BLOCK", block)
+        _write(tmp_path / "y", sentences)
+        assert (tmp_path / "y.idx").read_bytes() == (tmp_path / "x.idx").read_bytes()
 
 
 def test_reference_data(shared: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fairseq.cli.preprocess import main
 from fairseq.data import binarizer
@@ -245,3 +247,43 @@ def test_reference_data_bin_byte_for_byte(shared: Path, tmp_path: Path) -> None:
     assert "train.en: 29,000 sentences, 426,793 tokens, 0.000% replaced by <unk>" in done.stderr
     made = {path.name: path.read_bytes() for path in (tmp_path / "bin").iterdir()}
     assert made == {path.name: path.read_bytes() for path in reference.iterdir() if path.name != "bpe.codes"}
+
+
+TEXT = st.lists(
+    st.text(st.sampled_from("ab é中\t\r\v\x1c\x1f\x85\xa0\u2003\u2028\u3000\0@") | st.characters(exclude_categories=["Cs"]))
+    .map(lambda line: line.replace("\n", " ")),
+    min_size=1,
+    max_size=12,
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(TEXT, st.booleans(), st.integers(1, 40), st.booleans(), st.integers(0, 3))
+def test_equals_a_loop_over_lines(
+    tmp_path_factory: pytest.TempPathFactory,
+    lines: list[str],
+    ends: bool,
+    chunk: int,
+    is_given: bool,
+    threshold: int,
+) -> None:
+    directory = tmp_path_factory.mktemp("loop")
+    lines = lines if ends or lines[-1] else [*lines, "a"]  # without its end, an empty last line is none
+    content = "\n".join(lines) + "\n" * ends
+    (directory / "text").write_bytes(content.encode())
+    counts = Counter(token for line in lines for token in line.split())
+    dictionary = Dictionary.build(counts, threshold=threshold)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(binarizer, "CHUNK_BYTES", chunk)
+        if is_given:
+            summary = binarizer.binarize(directory / "text", dictionary, directory / "out")
+        else:
+            with binarizer.NumberedText(directory / "text", directory) as text:
+                assert text.counts() == counts
+                summary = text.binarize(dictionary, directory / "out")
+    expected = [[*(dictionary.index(token) for token in line.split()), 2] for line in lines]
+    dataset = IndexedDataset(directory / "out")
+    assert [sentence.tolist() for sentence in map(dataset.__getitem__, range(len(dataset)))] == expected
+    unknown = sum(count for token, count in counts.items() if token not in dictionary)
+    assert summary == binarizer.BinarizeSummary(len(lines), sum(map(len, expected)), unknown)
+    assert sorted(path.name for path in directory.iterdir()) == ["out.bin", "out.idx", "text"]

@@ -10,7 +10,6 @@ import contextlib
 import mmap
 import os
 import struct
-from array import array
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +32,7 @@ DTYPES: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 UNFINISHED = ".publishing"  # directory in a data-bin of the files that fairseq-preprocess is about to put in place
+OFFSETS_BLOCK = 2**18  # sentences whose offsets are computed at once
 UINT16_ENTRIES = 65_500  # a dictionary of fewer entries is stored in two bytes an id
 
 
@@ -120,11 +120,15 @@ class IndexedDatasetWriter:
         self.prefix = os.fspath(prefix)
         self.dtype = np.dtype(dtype)
         self._code = next(code for code, known in DTYPES.items() if np.dtype(known) == self.dtype)
-        self._sizes = array("i")
+        self._count = 0
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> IndexedDatasetWriter:
-        self._data = self._stack.enter_context(atomic_write(f"{self.prefix}.bin", "wb"))
+        with self._stack as stack:  # closes what is open when opening the other fails
+            self._index = stack.enter_context(atomic_write(f"{self.prefix}.idx", "w+b"))
+            self._data = stack.enter_context(atomic_write(f"{self.prefix}.bin", "wb"))
+            self._index.write(bytes(HEADER.size))
+            self._stack = stack.pop_all()
         return self
 
     def add(self, ids: Any) -> None:
@@ -135,21 +139,25 @@ class IndexedDatasetWriter:
     def add_many(self, ids: np.ndarray, sizes: np.ndarray) -> None:
         """Append sentences of ``sizes`` tokens whose ids stand back to back in ``ids``."""
         self._data.write(np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")).data)
-        self._sizes.frombytes(np.ascontiguousarray(sizes, dtype=np.int32).tobytes())
+        self._index.write(np.ascontiguousarray(sizes, dtype="<i4").data)
+        self._count += len(sizes)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._stack.push(self._write_index)  # runs first, and its failure keeps the ids from appearing too
+            self._stack.push(self._finish_index)  # runs first, and its failure keeps the ids from appearing too
         self._stack.__exit__(kind, error, trace)
 
-    def _write_index(self, *exception: object) -> None:
-        sizes = np.frombuffer(self._sizes, np.int32)
-        starts = np.zeros(len(sizes), np.int64)
-        np.cumsum(sizes[:-1], out=starts[1:], dtype=np.int64)
-        starts *= self.dtype.itemsize
-        with atomic_write(f"{self.prefix}.idx", "wb") as handle:
-            handle.write(HEADER.pack(MAGIC, VERSION, self._code, len(sizes)))
-            handle.write(sizes.astype("<i4", copy=False).data)
-            handle.write(starts.astype("<i8", copy=False).data)
+    def _finish_index(self, *exception: object) -> None:
+        """Write the header, and behind the sizes the offsets, block by block: memory does not grow with the corpus."""
+        index, end = self._index, 0
+        index.seek(0)
+        index.write(HEADER.pack(MAGIC, VERSION, self._code, self._count))
+        for first in range(0, self._count, OFFSETS_BLOCK):
+            block = min(OFFSETS_BLOCK, self._count - first)
+            index.seek(HEADER.size + 4 * first)
+            ends = end + np.cumsum(np.frombuffer(index.read(4 * block), "<i4"), dtype=np.int64) * self.dtype.itemsize
+            index.seek(HEADER.size + 4 * self._count + 8 * first)
+            index.write(np.concatenate([[end], ends[:-1]]).astype("<i8").data)
+            end = int(ends[-1])

@@ -7,13 +7,14 @@ refuse it until ``fairseq-preprocess`` has put the other files in place.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fairseq.data.binarizer import binarize, count_lines, count_tokens
+from fairseq.data.binarizer import NumberedText, binarize, count_lines
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import UNFINISHED
 from fairseq.errors import FairseqError
@@ -32,20 +33,30 @@ def preprocess(config: PreprocessConfig) -> None:
     splits = _splits(config)
     for prefix in splits.values():
         _check_parallel([f"{prefix}.{language}" for language in languages])
-    dictionaries = _dictionaries(config, languages)
     destdir = Path(config.destdir)
     _finish(destdir)
-    for language, dictionary in dictionaries.items():
-        _check_dictionary_fits(destdir / f"dict.{language}.txt", dictionary)
-        logger.info(f"[{language}] dictionary: {len(dictionary):,} types")
+    made = [path for path in destdir.parents if not path.exists()]  # innermost first
     try:
         destdir.parent.mkdir(parents=True, exist_ok=True)
         place = (destdir, "preprocess.") if destdir.exists() else (destdir.parent, f"{destdir.name}.")
-        with temporary_directory(*place) as temporary:
-            _write(config, splits, dictionaries, temporary)
+        with temporary_directory(*place) as temporary, contextlib.ExitStack() as stack:
+            texts = {
+                language: stack.enter_context(NumberedText(f"{config.trainpref}.{language}", temporary, config.workers))
+                for language in _to_count(config, languages)
+            }
+            dictionaries = _dictionaries(config, languages, texts)
+            for language, dictionary in dictionaries.items():
+                _check_dictionary_fits(destdir / f"dict.{language}.txt", dictionary)
+                logger.info(f"[{language}] dictionary: {len(dictionary):,} types")
+            _write(config, splits, dictionaries, texts, temporary)
             _publish(temporary, destdir)
     except OSError as error:
         raise FairseqError(f"{destdir}: cannot write: {error.strerror or error}") from error
+    finally:
+        if not destdir.exists():
+            for path in made:
+                with contextlib.suppress(OSError):  # not there, or another's files are in it by now
+                    path.rmdir()
     logger.info(f"wrote the data-bin {destdir}")
 
 
@@ -88,30 +99,44 @@ def _check_parallel(paths: list[str]) -> None:
         raise FairseqError(f"{numbers}; parallel files must have the same number")
 
 
-def _dictionaries(config: PreprocessConfig, languages: list[str]) -> dict[str, Dictionary]:
-    """The dictionary of each language, loaded or built from the training text."""
-    given = dict(zip(languages, (config.srcdict, config.tgtdict), strict=False))
-    thresholds = dict(zip(languages, (config.thresholdsrc, config.thresholdtgt), strict=False))
-    nwords = dict(zip(languages, (config.nwordssrc, config.nwordstgt), strict=False))
+def _given_dictionaries(config: PreprocessConfig, languages: list[str]) -> dict[str, str | None]:
+    """Language -> file of the dictionary that the flags give it."""
     if config.joined_dictionary:
-        path = config.srcdict or config.tgtdict
-        joined = Dictionary.load(path) if path else _build(config, languages, config.thresholdsrc, config.nwordssrc)
-        return dict.fromkeys(languages, joined)
-    return {
-        language: Dictionary.load(path) if path else _build(config, [language], thresholds[language], nwords[language])
-        for language, path in given.items()
-    }
+        return dict.fromkeys(languages, config.srcdict or config.tgtdict)
+    return dict(zip(languages, (config.srcdict, config.tgtdict), strict=False))
 
 
-def _build(config: PreprocessConfig, languages: list[str], threshold: int, nwords: int) -> Dictionary:
-    if not config.trainpref:
+def _to_count(config: PreprocessConfig, languages: list[str]) -> list[str]:
+    """The languages whose dictionary is built from the training text."""
+    missing = [language for language, path in _given_dictionaries(config, languages).items() if not path]
+    if missing and not config.trainpref:
         raise FairseqError(
-            f"no dictionary for {' and '.join(languages)}: give --trainpref to build it, or --srcdict and --tgtdict"
+            f"no dictionary for {' and '.join(missing)}: give --trainpref to build it, or --srcdict and --tgtdict"
         )
-    counts: Counter[str] = Counter()
-    for language in languages:
-        counts.update(count_tokens(f"{config.trainpref}.{language}", config.workers))
-    return Dictionary.build(counts, threshold=threshold, nwords=nwords, padding_factor=config.padding_factor)
+    return missing
+
+
+def _dictionaries(
+    config: PreprocessConfig, languages: list[str], texts: dict[str, NumberedText]
+) -> dict[str, Dictionary]:
+    """The dictionary of each language, loaded or built from the training text."""
+
+    def build(languages: list[str], threshold: int, nwords: int) -> Dictionary:
+        counts: Counter[str] = Counter()
+        for language in languages:
+            counts.update(texts[language].counts())
+        return Dictionary.build(counts, threshold=threshold, nwords=nwords, padding_factor=config.padding_factor)
+
+    given = _given_dictionaries(config, languages)
+    if config.joined_dictionary:
+        path = given[languages[0]]
+        joined = Dictionary.load(path) if path else build(languages, config.thresholdsrc, config.nwordssrc)
+        return dict.fromkeys(languages, joined)
+    limits = ((config.thresholdsrc, config.nwordssrc), (config.thresholdtgt, config.nwordstgt))
+    return {
+        language: Dictionary.load(path) if path else build([language], *limit)
+        for (language, path), limit in zip(given.items(), limits, strict=False)
+    }
 
 
 def _check_dictionary_fits(path: Path, dictionary: Dictionary) -> None:
@@ -123,15 +148,23 @@ def _check_dictionary_fits(path: Path, dictionary: Dictionary) -> None:
 
 
 def _write(
-    config: PreprocessConfig, splits: dict[str, str], dictionaries: dict[str, Dictionary], directory: Path
+    config: PreprocessConfig,
+    splits: dict[str, str],
+    dictionaries: dict[str, Dictionary],
+    texts: dict[str, NumberedText],
+    directory: Path,
 ) -> None:
+    """Write dictionaries and splits. texts: the training text of the languages for which it has been counted."""
     for language, dictionary in dictionaries.items():
         dictionary.save(directory / f"dict.{language}.txt")
     for split, prefix in splits.items():
         for language, dictionary in dictionaries.items():
             path = f"{prefix}.{language}"
-            name = f"{split}.{config.source_lang}-{config.target_lang}.{language}"
-            summary = binarize(path, dictionary, directory / name, config.workers)
+            output = directory / f"{split}.{config.source_lang}-{config.target_lang}.{language}"
+            if split == "train" and language in texts:
+                summary = texts[language].binarize(dictionary, output)
+            else:
+                summary = binarize(path, dictionary, output, config.workers)
             logger.info(
                 f"[{language}] {path}: {summary.sentences:,} sentences, {summary.tokens:,} tokens, "
                 f"{summary.replaced / summary.tokens:.3%} replaced by <unk>"
