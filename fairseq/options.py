@@ -102,6 +102,7 @@ class SubsetConfig:
     max_target_positions: int = flag(1024, "longest target sentence, in tokens", least=1)
     num_workers: int = flag(1, "processes that read and collate batches ahead (0: none)", least=0)
     required_batch_size_multiple: int = flag(8, "batch sizes are multiples of this where possible", least=1)
+    required_seq_len_multiple: int = flag(1, "pad both sides of a batch to a multiple of this many tokens", least=1)
 
 
 @dataclass

@@ -99,7 +99,7 @@ def logged(directory: Path) -> list[dict[str, Any]]:
 
 def updates(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Number of update -> its statistics, those that a clock has a part in aside."""
-    timed = ("wps", "ups", "wall", "train_wall")
+    timed = ("wps", "ups", "wall", "train_wall", "data_wait")
     return {
         line["num_updates"]: {key: value for key, value in line.items() if key not in timed}
         for line in lines

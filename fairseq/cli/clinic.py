@@ -138,7 +138,7 @@ def _omega(argv: list[str]) -> None:
 
 def _check(argv: list[str]) -> None:
     args = parse_train_args(argv, "fairseq-clinic check", COMMANDS["check"][1])
-    data = TranslationData.open(section(DataConfig, args))
+    data = TranslationData.open(section(DataConfig, args), args.required_seq_len_multiple)
     cfg = section(TransformerConfig, args)
     if args.max_tokens is None:
         raise FairseqError("fairseq-clinic check needs --max-tokens, the size of a batch")

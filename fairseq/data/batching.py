@@ -14,11 +14,13 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fairseq.data.translation import Batch, LanguagePairDataset
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 IDS_SHOWN = 10  # sentence ids named in a warning
 LONGEST_SORTED = 2**12 - 1  # longer sentences are sorted as if they were this long
 SORT_BLOCK = 2**16
+DATA_STATS = ("data_wait", "tokens", "positions")  # see EpochBatchIterator.take_stats
 
 
 def select_by_size(
@@ -104,10 +107,12 @@ def plan_batches(
     max_tokens: int | None = None,
     max_sentences: int | None = None,
     required_batch_size_multiple: int = 1,
+    required_seq_len_multiple: int = 1,
 ) -> list[np.ndarray]:
     """Cut ``indices`` into batches, in order, each index in exactly one.
 
-    A batch costs its sentence count times its longest side, source or target, and at most ``max_tokens``. A full batch
+    A batch costs its sentence count times its longest side, source or target, rounded up to a multiple of
+    ``required_seq_len_multiple``, and at most ``max_tokens``. A full batch
     is cut back to a multiple of ``required_batch_size_multiple`` where it has that many sentences; the rest begins the
     next one. Raises FairseqError when a sentence alone costs more, or neither limit is given.
     """
@@ -116,12 +121,15 @@ def plan_batches(
     cost = src_sizes[indices]
     if tgt_sizes is not None:
         np.maximum(cost, tgt_sizes[indices], out=cost)
+    if required_seq_len_multiple > 1:
+        cost = -(-cost // required_seq_len_multiple) * required_seq_len_multiple
     budget = 2**62 if max_tokens is None else max_tokens
     longest = int(cost.argmax()) if len(cost) else 0
     if len(cost) and cost[longest] > budget:
+        padded = " with its padding (--required-seq-len-multiple)" if required_seq_len_multiple > 1 else ""
         raise FairseqError(
-            f"sentence {indices[longest]} has {cost[longest]} tokens, more than --max-tokens {max_tokens}; raise that, "
-            "or leave such sentences out by smaller --max-source-positions and --max-target-positions"
+            f"sentence {indices[longest]} has {cost[longest]} tokens{padded}, more than --max-tokens {max_tokens}; "
+            "raise that, or leave such sentences out by smaller --max-source-positions and --max-target-positions"
         )
     batches, start, multiple = [], 0, required_batch_size_multiple
     limit = min(len(cost), budget, max_sentences or len(cost))
@@ -169,8 +177,29 @@ def make_batches(
         max_tokens=max_tokens,
         max_sentences=max_sentences,
         required_batch_size_multiple=required_batch_size_multiple,
+        required_seq_len_multiple=dataset.required_seq_len_multiple,
     )
     return batches[shard_id::num_shards]
+
+
+class _Arrays:
+    """A batch on its way between processes, as numpy arrays, which travel several times faster than tensors do."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = _each(batch, Tensor, Tensor.numpy)
+
+    def tensors(self) -> Batch:
+        return _each(self._batch, np.ndarray, torch.from_numpy)
+
+    def pin_memory(self) -> Batch:  # DataLoader calls it, where it is to pin what it has read
+        return _each(self.tensors(), Tensor, Tensor.pin_memory)
+
+
+def _each(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """``value``, a dict of dicts, with ``function`` applied to all in it that is of a ``kind``."""
+    if isinstance(value, dict):
+        return {key: _each(item, kind, function) for key, item in value.items()}
+    return function(value) if isinstance(value, kind) else value
 
 
 class _Collated(Dataset[Any]):
@@ -182,9 +211,9 @@ class _Collated(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> Batch | FairseqError:
+    def __getitem__(self, number: int) -> _Arrays | FairseqError:
         try:
-            return self.dataset.collate(self.batches[number])
+            return _Arrays(self.dataset.collate(self.batches[number]))
         except FairseqError as error:
             return error
 
@@ -216,6 +245,7 @@ def iterate_batches(
     loader = DataLoader(
         _Collated(dataset, batches),
         batch_size=None,
+        collate_fn=_as_it_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_obey_parent,
@@ -224,7 +254,11 @@ def iterate_batches(
     for batch in loader:
         if isinstance(batch, FairseqError):
             raise batch
-        yield batch
+        yield batch.tensors() if isinstance(batch, _Arrays) else batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class EpochBatchIterator:
@@ -266,6 +300,7 @@ class EpochBatchIterator:
         self._selected: tuple[str, np.ndarray] | None = None  # of the dataset planned last: it is often the same again
         self._plan: tuple[LanguagePairDataset, list[np.ndarray]] | None = None  # of this epoch, made when needed
         self._offset = 0  # global batches of this epoch handed out, those read ahead not counted
+        self._stats = dict.fromkeys(DATA_STATS, 0.0)
 
     def _planned(self) -> tuple[LanguagePairDataset, list[np.ndarray]]:
         if self._plan is None:
@@ -276,7 +311,8 @@ class EpochBatchIterator:
                 self._selected = name, select_by_size(*sizes, self._max_positions, name=name, skip=True)
             rng = np.random.default_rng([self._seed % 2**64, self.epoch])
             ordered = sort_by_length(*sizes, self._selected[1], rng)
-            batches = plan_batches(*sizes, ordered, **self._limits)
+            multiple = dataset.required_seq_len_multiple
+            batches = plan_batches(*sizes, ordered, required_seq_len_multiple=multiple, **self._limits)
             self._plan = dataset, [batches[i] for i in rng.permutation(len(batches))]
         return self._plan
 
@@ -324,9 +360,29 @@ class EpochBatchIterator:
             for first in range(self._offset, len(batches), step):
                 end = min(first + step, len(batches))
                 starts = range(first, end, self.world_size)
+                began = time.perf_counter()
                 group = [next(reader) if start + self.rank < end else None for start in starts]
+                self._stats["data_wait"] += time.perf_counter() - began
+                for batch in group:
+                    self._count_padding(batch)
                 self._offset = end
                 yield group
+
+    def _count_padding(self, batch: Batch | None) -> None:
+        if batch is not None:
+            net_input, target = batch["net_input"], batch["target"]
+            assert target is not None
+            self._stats["tokens"] += int(net_input["src_lengths"].sum()) + batch["ntokens"]
+            self._stats["positions"] += net_input["src_tokens"].numel() + target.numel()
+
+    def take_stats(self) -> dict[str, float]:
+        """What this process has handed out since the last call.
+
+        data_wait: seconds that it waited for batches; positions: of source and target, padding included, and tokens:
+        those without padding.
+        """
+        stats, self._stats = self._stats, dict.fromkeys(DATA_STATS, 0.0)
+        return stats
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands; at the end of an epoch, the start of the next.

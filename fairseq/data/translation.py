@@ -47,7 +47,8 @@ class Batch(TypedDict):
 class LanguagePairDataset:
     """Source sentences with their translations (or without: ``tgt`` None).
 
-    max_source_length: cut longer sources to this many tokens, ``</s>`` included.
+    max_source_length: cut longer sources to this many tokens, ``</s>`` included. required_seq_len_multiple: pad both
+    sides of a batch to a multiple of this.
     Raises FairseqError when the two sides differ in length, and from `collate` for an id that is in no dictionary.
     """
 
@@ -58,6 +59,7 @@ class LanguagePairDataset:
     left_pad_source: bool = True
     left_pad_target: bool = False
     max_source_length: int | None = None
+    required_seq_len_multiple: int = 1
 
     def __post_init__(self) -> None:
         if self.tgt is not None and len(self.src) != len(self.tgt):
@@ -89,18 +91,18 @@ class LanguagePairDataset:
         tokens = _gather(self.src, indices, sizes, self.src_dict)
         if self.max_source_length is not None:
             tokens[np.cumsum(sizes) - 1] = self.src_dict.eos()
-        source = _pad(tokens, sizes, self.src_dict.pad(), self.left_pad_source)
-        eos, pad = self.tgt_dict.eos(), self.tgt_dict.pad()
+        source = _pad(tokens, sizes, self.src_dict.pad(), self.left_pad_source, self.required_seq_len_multiple)
+        eos, pad, multiple = self.tgt_dict.eos(), self.tgt_dict.pad(), self.required_seq_len_multiple
         target, ntokens = None, int(sizes.sum())
         prev_output_tokens = np.full((len(indices), 1), eos, np.int64)
         if self.tgt is not None:
             tgt_sizes = self.tgt.sizes[indices].astype(np.int64)
             tokens = _gather(self.tgt, indices, tgt_sizes, self.tgt_dict)
-            target = _pad(tokens, tgt_sizes, pad, self.left_pad_target)
+            target = _pad(tokens, tgt_sizes, pad, self.left_pad_target, multiple)
             shifted = np.empty_like(tokens)
             shifted[1:] = tokens[:-1]
             shifted[np.cumsum(tgt_sizes) - tgt_sizes] = eos
-            prev_output_tokens = _pad(shifted, tgt_sizes, pad, self.left_pad_target)
+            prev_output_tokens = _pad(shifted, tgt_sizes, pad, self.left_pad_target, multiple)
             ntokens = int(tgt_sizes.sum())
         return {
             "id": torch.from_numpy(indices),
@@ -131,9 +133,9 @@ def _gather(side: IndexedDataset, indices: np.ndarray, sizes: np.ndarray, dictio
     return tokens
 
 
-def _pad(tokens: np.ndarray, sizes: np.ndarray, pad: int, left: bool) -> np.ndarray:
-    """Rows of ``sizes`` tokens as a (rows, longest) array."""
-    width = int(sizes.max()) if len(sizes) else 0
+def _pad(tokens: np.ndarray, sizes: np.ndarray, pad: int, left: bool, multiple: int) -> np.ndarray:
+    """Rows of ``sizes`` tokens as an array (rows, the longest one's tokens rounded up to a ``multiple``)."""
+    width = -(-int(sizes.max()) // multiple) * multiple if len(sizes) else 0
     padded = np.full((len(sizes), width), pad, np.int64)
     first = np.arange(len(sizes)) * width + (width - sizes if left else 0)
     padded.reshape(-1)[np.repeat(first, sizes) + _positions_in_row(sizes)] = tokens
@@ -194,6 +196,7 @@ def load_langpair_dataset(
     left_pad_target: bool = False,
     truncate_source: bool = False,
     max_source_positions: int = 1024,
+    required_seq_len_multiple: int = 1,
 ) -> LanguagePairDataset:
     """Open ``SPLIT.SRC-TGT.*`` of a data-bin; files named ``SPLIT.TGT-SRC.*`` serve as well, with the sides swapped.
 
@@ -213,6 +216,7 @@ def load_langpair_dataset(
         left_pad_source=left_pad_source,
         left_pad_target=left_pad_target,
         max_source_length=max_source_positions if truncate_source else None,
+        required_seq_len_multiple=required_seq_len_multiple,
     )
 
 
@@ -237,19 +241,20 @@ class TranslationData:
     target_lang: str
     src_dict: Dictionary
     tgt_dict: Dictionary
+    required_seq_len_multiple: int = 1
 
     @classmethod
-    def open(cls, config: DataConfig) -> TranslationData:
+    def open(cls, config: DataConfig, required_seq_len_multiple: int = 1) -> TranslationData:
         """Find languages and dictionaries in the first data-bin of ``config.data``.
 
-        Raises FairseqError when either is not there.
+        required_seq_len_multiple: of the datasets that are loaded. Raises FairseqError when either is not there.
         """
         data_dir = config.data.split(":")[0]
         src, tgt = config.source_lang, config.target_lang
         if not src or not tgt:
             found = infer_languages(data_dir)
             src, tgt = _complete(src, tgt, found)
-        return cls(config, src, tgt, *load_dictionaries(data_dir, src, tgt))
+        return cls(config, src, tgt, *load_dictionaries(data_dir, src, tgt), required_seq_len_multiple)
 
     def load(self, split: str, epoch: int = 1, *, need_target: bool = True) -> LanguagePairDataset:
         """The dataset of ``split``: of data-bin a in epoch 1, b in epoch 2 and so on for ``a:b:c``.
@@ -268,6 +273,7 @@ class TranslationData:
             left_pad_source=config.left_pad_source,
             truncate_source=config.truncate_source,
             max_source_positions=config.max_source_positions,
+            required_seq_len_multiple=self.required_seq_len_multiple,
         )
         if need_target and dataset.tgt is None:
             raise FairseqError(

@@ -214,7 +214,7 @@ def open_data(args: Namespace, models: Sequence[Transformer], settings: dict[str
         known = languages_of(settings, data_dir)
         if known is not None:
             config = replace(config, source_lang=known[0], target_lang=known[1])
-    data = TranslationData.open(config)
+    data = TranslationData.open(config, getattr(args, "required_seq_len_multiple", 1))  # raw text has no such flag
     for model, path in zip(models, args.path.split(":"), strict=True):
         check_dictionaries(model, path, data_dir, (data.source_lang, data.src_dict), (data.target_lang, data.tgt_dict))
     return data

@@ -39,6 +39,8 @@ _DIGITS: dict[str, int | None] = {
     "lr": None,
     "gnorm": 3,
     "clip": 1,
+    "padding": 1,
+    "data_wait": 1,
     "loss_scale": 4,
     "mem_gb": 2,
     "tflops": None,
@@ -68,13 +70,17 @@ class Averages:
 
         loss, nll_loss: in nats; sample_size: what loss is divided by (target tokens, or sentences with
         ``--sentence-avg``); ntokens, nsentences. Training alone: updates; gnorm, the sum of their gradient norms before
-        clipping; clip, how many were clipped. flops, if known: this process's model FLOPs.
+        clipping; clip, how many were clipped; flops, if known: this process's model FLOPs; and what
+        `EpochBatchIterator.take_stats` counts.
         """
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def stats(self) -> dict[str, float | int]:
-        """Losses in base 2, the perplexity 2^nll_loss, and speed since `reset`; empty when nothing was added."""
+        """Losses in base 2, the perplexity 2^nll_loss, and speed since `reset`; empty when nothing was added.
+
+        In percent: clip, of updates; padding, of source and target positions; data_wait, of the time.
+        """
         sums = self._sums
         if not sums:
             return {}
@@ -96,6 +102,9 @@ class Averages:
             }
         if "flops" in sums:
             stats["tflops"] = sums["flops"] / seconds / 1e12
+        if positions := sums.get("positions"):
+            stats["padding"] = 100 * (1 - sums["tokens"] / positions)
+            stats["data_wait"] = 100 * sums["data_wait"] / seconds
         return stats
 
     def state_dict(self) -> dict[str, float]:

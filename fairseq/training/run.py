@@ -202,7 +202,7 @@ class TrainingRun:
 
     def _take_stats(self) -> None:
         """Fetch what the updates have added up to. Raises FairseqError when the loss was not finite."""
-        stats = self.trainer.take_stats()
+        stats = self.trainer.take_stats() | self.itr.take_stats()
         self.interval_stats.add(stats)
         self.epoch_stats.add(stats)
 

@@ -31,7 +31,7 @@ def train(args: Namespace, world: World) -> None:
         logging.getLogger().setLevel(logging.ERROR)
     if world.device.type == "cpu":
         keep_freed_memory()
-    data = TranslationData.open(section(DataConfig, args))
+    data = TranslationData.open(section(DataConfig, args), args.required_seq_len_multiple)
     args.source_lang, args.target_lang = data.source_lang, data.target_lang
     with _open_log(args, world) as log:
         model = build_model(args, len(data.src_dict), len(data.tgt_dict))
