@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,21 +88,44 @@ def _plan_one_by_one(
 
 
 @settings(max_examples=100, deadline=None)
-@given(LENGTHS, st.integers(30, 200), st.integers(1, 20), st.sampled_from([1, 2, 4, 8]), st.booleans())
+@given(
+    LENGTHS,
+    st.integers(32, 200),
+    st.integers(1, 20),
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from([1, 8]),
+    st.booleans(),
+)
 def test_plan_equals_the_rule_applied_one_by_one(
-    lengths: list[tuple[int, int]], max_tokens: int, max_sentences: int, multiple: int, is_sorted: bool
+    lengths: list[tuple[int, int]],
+    max_tokens: int,
+    max_sentences: int,
+    multiple: int,
+    seq_multiple: int,
+    is_sorted: bool,
 ) -> None:
     src, tgt = _sizes(lengths)
     order = np.arange(len(src))
     order = sort_by_length(src, tgt, order) if is_sorted else order
     batches = plan_batches(
-        src, tgt, order, max_tokens=max_tokens, max_sentences=max_sentences, required_batch_size_multiple=multiple
+        src,
+        tgt,
+        order,
+        max_tokens=max_tokens,
+        max_sentences=max_sentences,
+        required_batch_size_multiple=multiple,
+        required_seq_len_multiple=seq_multiple,
     )
     assert np.concatenate(batches).tolist() == order.tolist()
     for batch in batches:
-        assert len(batch) * max(src[batch].max(), tgt[batch].max()) <= max_tokens
+        assert (
+            len(batch) * math.ceil(max(src[batch].max(), tgt[batch].max()) / seq_multiple) * seq_multiple <= max_tokens
+        )
         assert len(batch) <= max_sentences
-    expected = _plan_one_by_one(lengths, order.tolist(), max_tokens, max_sentences, multiple)
+    padded = [
+        (math.ceil(s / seq_multiple) * seq_multiple, math.ceil(t / seq_multiple) * seq_multiple) for s, t in lengths
+    ]
+    expected = _plan_one_by_one(padded, order.tolist(), max_tokens, max_sentences, multiple)
     assert [b.tolist() for b in batches] == expected
 
 
@@ -202,6 +229,42 @@ def test_errors_of_reading_processes_are_one_line(dataset: LanguagePairDataset, 
     with pytest.raises(FairseqError) as error:
         list(iterate_batches(broken, [np.arange(9)], num_workers))
     assert "\n" not in str(error.value)
+
+
+class _Deadly(LanguagePairDataset):
+    def collate(self, indices: np.ndarray) -> Batch:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def test_a_reading_process_that_dies_is_one_line(dataset: LanguagePairDataset) -> None:
+    deadly = _Deadly(dataset.src, dataset.tgt, dataset.src_dict, dataset.tgt_dict)
+    with pytest.raises(FairseqError, match=r"a reading process died.*--num-workers"):
+        list(iterate_batches(deadly, [np.arange(9)], 1))
+
+
+@pytest.mark.parametrize(("multiple", "num_workers"), [(1, 0), (8, 2)])
+def test_stats_of_what_is_handed_out(dataset: LanguagePairDataset, multiple: int, num_workers: int) -> None:
+    dataset = dataclasses.replace(dataset, required_seq_len_multiple=multiple)
+    iterator = _iterator(dataset, world_size=2, rank=1, num_workers=num_workers)
+    tokens = positions = 0
+    for group in iterator.updates(2):
+        for batch in group:
+            if batch is not None:
+                assert batch["target"] is not None
+                for side in (batch["net_input"]["src_tokens"], batch["target"]):
+                    assert side.shape[1] % multiple == 0
+                    tokens, positions = tokens + int(side.ne(1).sum()), positions + side.numel()
+    stats = iterator.take_stats()
+    assert 0 < stats.pop("data_wait") < 60
+    assert stats == {"tokens": tokens, "positions": positions}
+    assert iterator.take_stats() == {"data_wait": 0, "tokens": 0, "positions": 0}
+
+
+def test_too_long_with_its_padding() -> None:
+    sizes = np.array([5, 9], np.int32)
+    with pytest.raises(FairseqError, match=r"sentence 1 has 16 tokens with its padding .*--max-tokens 10"):
+        plan_batches(sizes, None, np.arange(2), max_tokens=10, required_seq_len_multiple=8)
 
 
 def test_epochs(dataset: LanguagePairDataset) -> None:

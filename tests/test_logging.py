@@ -58,6 +58,8 @@ def test_averages_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert averages.stats() == pytest.approx(
         {"loss": 4, "nll_loss": 2, "ppl": 4, "wps": 10, "ups": 0.5, "wpb": 20, "bsz": 10, "gnorm": 2, "clip": 50}
     )
+    averages.add({"data_wait": 1.0, "tokens": 30, "positions": 40})
+    assert (averages.stats()["padding"], averages.stats()["data_wait"]) == (25, 25)
     saved = averages.state_dict()
     averages.reset()
     assert averages.stats() == {}

@@ -73,6 +73,23 @@ def test_resumed_run_is_the_uninterrupted_one(toy_databin, tmp_path, stops, flag
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_reading_processes_change_nothing(toy_databin, tmp_path):
+    alone = train(toy_databin, tmp_path / "alone", "--max-update", EPOCH + 2)
+    two = train(toy_databin, tmp_path / "two", "--max-update", EPOCH + 2, "--num-workers", 2)
+    assert updates(two) == updates(alone)
+    assert_same_training(tmp_path / "alone", tmp_path / "two")
+    (epoch,) = (line for line in two if line.get("epoch") == 1 and "train_loss" in line)
+    assert 0 < epoch["train_padding"] < 50 and 0 < epoch["train_data_wait"] < 100
+
+
+def test_padding_to_a_multiple_leaves_losses_as_they_are(toy_databin, tmp_path):
+    flags = ("--max-update", 3, "--dropout", 0, "--attention-dropout", 0, "--max-tokens", 10**6)
+    plain = updates(train(toy_databin, tmp_path / "plain", *flags))
+    padded = updates(train(toy_databin, tmp_path / "padded", *flags, "--required-seq-len-multiple", 16))
+    assert [line["loss"] for line in padded.values()] == pytest.approx([line["loss"] for line in plain.values()])
+    assert padded[1]["padding"] > plain[1]["padding"]
+
+
 def test_resuming_with_rotating_databins(toy_databin, tmp_path):
     other = write_databin(tmp_path / "bin", 200, seed=5)
     data = f"{toy_databin}:{other}"

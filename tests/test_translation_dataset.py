@@ -67,6 +67,15 @@ def test_collate_padded_on_the_other_sides(data_bin: Path) -> None:
     assert batch["target"].tolist() == [[5, 6, 7, 2], [1, 1, 4, 2]]
 
 
+def test_collate_pads_to_a_multiple(data_bin: Path) -> None:
+    batch = _dataset(data_bin, required_seq_len_multiple=3).collate(np.array([1, 0]))
+    assert batch["net_input"]["src_tokens"].tolist() == [[1, 1, 1, 1, 7, 2], [1, 1, 4, 5, 6, 2]]
+    assert batch["net_input"]["prev_output_tokens"].tolist() == [[2, 5, 6, 7, 1, 1], [2, 4, 1, 1, 1, 1]]
+    assert batch["target"] is not None
+    assert batch["target"].tolist() == [[5, 6, 7, 2, 1, 1], [4, 2, 1, 1, 1, 1]]
+    assert (batch["ntokens"], batch["net_input"]["src_lengths"].tolist()) == (6, [2, 4])
+
+
 def test_collate_truncates_the_source(data_bin: Path) -> None:
     dataset = _dataset(data_bin, max_source_length=3)
     assert dataset.src_sizes.tolist() == [3, 2, 1, 3]

@@ -241,7 +241,10 @@ def _obey_parent(_: int) -> None:
 def iterate_batches(
     dataset: LanguagePairDataset, batches: Sequence[np.ndarray], num_workers: int = 0, pin_memory: bool = False
 ) -> Generator[Batch, None, None]:
-    """Collate ``batches``, in order, ahead of their use in ``num_workers`` processes."""
+    """Collate ``batches``, in order, ahead of their use in ``num_workers`` processes.
+
+    Raises FairseqError when collating does, and when one of those processes dies.
+    """
     loader = DataLoader(
         _Collated(dataset, batches),
         batch_size=None,
@@ -251,7 +254,16 @@ def iterate_batches(
         worker_init_fn=_obey_parent,
         generator=torch.Generator(),  # DataLoader draws a seed; not from the generator that dropout uses
     )
-    for batch in loader:
+    reader = iter(loader)
+    while True:
+        try:
+            batch = next(reader, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise FairseqError("a reading process died, perhaps out of memory; try fewer --num-workers") from error
+        if batch is None:
+            return
         if isinstance(batch, FairseqError):
             raise batch
         yield batch.tensors() if isinstance(batch, _Arrays) else batch
