@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -132,7 +133,8 @@ def read(databin: str, max_tokens: int, multiple: int, seq_multiple: int, worker
 def apart(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """``function(*args)`` in a process of its own, so that its peak memory is its own."""
     receiver, sender = get_context("spawn").Pipe(duplex=False)
-    process = get_context("spawn").Process(target=_send, args=(sender, function, args))
+    method = multiprocessing.get_start_method()  # of reading processes, as in fairseq-train
+    process = get_context("spawn").Process(target=_send, args=(sender, method, function, args))
     process.start()
     sender.close()
     try:
@@ -143,7 +145,8 @@ def apart(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]
         process.join()
 
 
-def _send(sender: Any, function: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
+def _send(sender: Any, method: str, function: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
+    multiprocessing.set_start_method(method, force=True)
     sender.send(function(*args))
 
 
