@@ -25,6 +25,9 @@ from fairseq.utils.archive_check import check_archive
 from fairseq.utils.flags import from_namespace
 from fairseq.utils.io import atomic_write
 
+SIZE_RATIO = 4  # decoders may have wider attention to the encoder, and narrower
+MOST_POSITIONS = 2**20
+
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The checkpoint's dict, tensors on the CPU, ``args`` as a flat dict of settings, whatever fairseq wrote it.
@@ -40,10 +43,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     for name, tensor in state["model"].items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise FairseqError(f"checkpoint {path}: 'model' holds something that is no named tensor")
-    try:
-        return state | {"args": _settings(state, path)}
-    except RecursionError:
-        raise FairseqError(f"checkpoint {path}: its settings contain themselves") from None
+    return state | {"args": _settings(state, path)}
 
 
 def _settings(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
@@ -85,11 +85,12 @@ def build_from_checkpoint(
     state: dict[str, Any], path: str | Path, overrides: dict[str, Any] | None = None
 ) -> Transformer:
     """A model with the parameters of ``load_checkpoint(path)``'s result, in float32 on the CPU, in eval mode."""
-    parameters = {name: tensor.float() for name, tensor in from_fairseq(state["model"]).items()}
     try:
+        parameters = {name: tensor.float() for name, tensor in from_fairseq(state["model"]).items()}
         cfg = model_config(state["args"] | (overrides or {}), parameters)
         src_vocab = parameters["encoder.embed_tokens.weight"].size(0)
         tgt_vocab = parameters["decoder.embed_tokens.weight"].size(0)
+        _check_size(cfg, parameters, path)
         model = Transformer(cfg, src_vocab, tgt_vocab)
     except KeyError as error:
         raise FairseqError(f"checkpoint {path}: no parameter {error}; is it a Transformer for translation?") from None
@@ -97,6 +98,24 @@ def build_from_checkpoint(
         raise FairseqError(f"checkpoint {path}: its settings make no Transformer: {error}") from error
     load_parameters(model, parameters, path)
     return model.eval()
+
+
+def _check_size(cfg: TransformerConfig, parameters: dict[str, Tensor], path: str | Path) -> None:
+    """Raise FairseqError when the settings ask for a model far larger than the parameters, before it is made."""
+    size = 0
+    for stack in ("encoder", "decoder"):
+        layers, dim, ffn_dim = (getattr(cfg, f"{stack}_{name}") for name in ("layers", "embed_dim", "ffn_embed_dim"))
+        stored = len({name.split(".")[2] for name in parameters if name.startswith(f"{stack}.layers.")})
+        if layers > stored:
+            raise FairseqError(f"checkpoint {path}: its settings say {layers} {stack} layers, it has {stored}")
+        size += layers * (4 * dim * dim + 2 * dim * ffn_dim) + dim * parameters[f"{stack}.embed_tokens.weight"].size(0)
+    positions = max(cfg.max_source_positions, cfg.max_target_positions)
+    held = sum(tensor.numel() for tensor in parameters.values())
+    if size > SIZE_RATIO * held or positions > MOST_POSITIONS:
+        raise FairseqError(
+            f"checkpoint {path}: its settings make a model of {size:,} parameters and {positions:,} positions, it has "
+            f"{held:,}"
+        )
 
 
 def load_parameters(model: Transformer, parameters: dict[str, Tensor], path: str | Path) -> None:

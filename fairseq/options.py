@@ -43,7 +43,10 @@ class CommonConfig:
     fp16: bool = flag(False, "compute in float16 (training: with dynamic loss scaling)")
     bf16: bool = flag(False, "compute in bfloat16")
     user_dir: str | None = flag(
-        None, "run the Python package in this directory, which may register architectures and more", metavar="DIR"
+        None,
+        "run the Python package in this directory, which may register architectures and more; nothing else, and no "
+        "file that is read, makes a command load code",
+        metavar="DIR",
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,14 +65,15 @@ RESIDUAL_RULES: Registry[Callable[..., Any]] = Registry("init type")
 def import_user_dir(path: str | None) -> None:
     """Import the Python package at directory ``path`` (``--user-dir``) so that it can register its own parts.
 
-    This runs the code found there; it is the one place where the command line loads code.
+    This runs the code found there; it is the one place where code is loaded, and only the command line names it: the
+    ``user_dir`` in a checkpoint's settings is not looked at.
     Raises FairseqError when the directory is missing, has no ``__init__.py`` or fails to import.
     """
     if path is None:
         return
     directory = Path(path).resolve()
     init = directory / "__init__.py"
-    name = f"fairseq_user_dir_{directory.name}"
+    name = f"fairseq_user_dir_{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"  # names may repeat
     if name in sys.modules:
         return
     if not init.is_file():
@@ -82,6 +85,7 @@ def import_user_dir(path: str | None) -> None:
     try:
         spec.loader.exec_module(module)
     except FairseqError:
+        del sys.modules[name]
         raise
     except Exception as error:
         del sys.modules[name]

@@ -126,7 +126,7 @@ def test_the_attacks_work_on_plain_pickle(tmp_path, attack):
 def test_nothing_in_a_file_runs(tmp_path, monkeypatch, write, attack):
     monkeypatch.chdir(tmp_path)
     marker, path = tmp_path / "marker", tmp_path / "model.pt"
-    classes = (argparse.Namespace, safe_pickle._Settings, safe_pickle._Dict, safe_pickle.Record)
+    classes = (argparse.Namespace, safe_pickle.Record, safe_pickle.Class, safe_pickle.Function)
     before = [dict(vars(cls)) for cls in classes], torch._utils._rebuild_tensor_v2.__defaults__
     for slot in SLOTS:
         write(path, content(slot, attacks(marker)[attack]))

@@ -16,7 +16,9 @@ from torch import nn
 
 from fairseq.admin.residual import AdminResidual
 from fairseq.errors import FairseqError
-from fairseq.utils.io import atomic_write
+from fairseq.utils.io import atomic_write, refuse_bom
+
+LARGEST_FILE = 2**24
 
 
 @dataclass
@@ -43,9 +45,10 @@ class OmegaProfile:
     @classmethod
     def from_dict(cls, values: Any) -> OmegaProfile | None:
         """``to_dict``'s result as a profile; None for anything else, such as what older checkpoints have."""
-        if not isinstance(values, dict) or not all(isinstance(values.get(s), list) for s in ("encoder", "decoder")):
+        stacks = [values.get(stack) if isinstance(values, dict) else None for stack in ("encoder", "decoder")]
+        if not all(isinstance(s, list) and all(isinstance(v, (int, float)) for v in s) for s in stacks):
             return None
-        return cls([float(v) for v in values["encoder"]], [float(v) for v in values["decoder"]])
+        return cls(*([float(v) for v in stack] for stack in stacks))
 
     @classmethod
     def load(cls, path: str | Path) -> OmegaProfile:
@@ -55,7 +58,12 @@ class OmegaProfile:
         is not a positive finite number.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            with open(path, "rb") as handle:
+                data = handle.read(LARGEST_FILE + 1)
+            if len(data) > LARGEST_FILE:
+                raise FairseqError(f"omega file {path}: more than {LARGEST_FILE:,} bytes; is it an omega file?")
+            refuse_bom(data, f"omega file {path}")
+            lines = data.decode("utf-8").splitlines()
         except OSError as error:
             raise FairseqError(
                 f"omega file {path}: {error.strerror}; make it with --init-type adaptive-profiling"

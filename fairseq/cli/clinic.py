@@ -15,8 +15,8 @@ import torch
 from fairseq.cli import command
 from fairseq.clinic import check, figures, gradients, omega, report, stability
 from fairseq.clinic.measure import Batches, batches_of, measure_dependency, measure_gradients, measure_stability
-from fairseq.clinic.results import load_results, save_result
-from fairseq.clinic.subjects import Subject, first_batch, label_of, load_subject, named_file, variant
+from fairseq.clinic.results import check_out_dir, load_results, save_result
+from fairseq.clinic.subjects import Subject, first_batch, label_of, load_subject, named_file, split_paths, variant
 from fairseq.data.translation import TranslationData
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
@@ -43,6 +43,7 @@ DEPTHS = ((ClinicDepthConfig, "depth"),)
 
 def _parse(name: str, sections: tuple[tuple[type, str], ...], argv: list[str]) -> Namespace:
     args = parse_clinic_args(f"fairseq-clinic {name}", COMMANDS[name][1], sections, argv)
+    check_out_dir(args.out_dir)
     args.name = args.name or name
     args.command = shlex.join(["fairseq-clinic", name, *argv])
     return args
@@ -56,7 +57,7 @@ def _open(args: Namespace) -> tuple[TranslationData, torch.device]:
 def _subjects(args: Namespace, data: TranslationData, device: torch.device) -> list[Subject]:
     """The checkpoints of --path, or else the models that --models names, in the shape that the flags give."""
     if args.path:
-        subjects = [load_subject(path, data, device) for path in args.path.split(":")]
+        subjects = [load_subject(path, data, device) for path in split_paths(args.path)]
     else:
         cfg: TransformerConfig = section(TransformerConfig, args)
         variants = [variant(cfg, name) for name in args.models.split(",")]
@@ -127,6 +128,7 @@ def _omega(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     check_result_name(parser, args.name)
     args.command = shlex.join(["fairseq-clinic", "omega", *argv])
+    check_out_dir(args.out_dir)
     results = []
     for path in args.paths:
         label, file = named_file(path)

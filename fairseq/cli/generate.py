@@ -10,9 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
-
-from tqdm import tqdm
+from typing import IO, Any
 
 from fairseq.cli import command
 from fairseq.data.batching import iterate_batches, make_batches
@@ -35,9 +33,9 @@ from fairseq.training.distributed import choose_device
 from fairseq.training.logging import choose_log_format
 from fairseq.utils.io import atomic_write
 from fairseq.utils.memory import keep_freed_memory
+from fairseq.utils.progress import batch_progress
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def parse_generation_args(
@@ -130,7 +128,16 @@ def _generate(args: Namespace, out: IO[Any]) -> str | None:
     start, sentences, tokens = time.perf_counter(), 0, 0
     on_gpu = args.backend == "native" and choose_device(args.cpu).type == "cuda"
     read = iterate_batches(dataset, batches, args.num_workers, pin_memory=on_gpu)
-    for translation in translate(_progress(read, len(batches), args)):
+    progress = batch_progress(
+        read,
+        len(batches),
+        args.gen_subset,
+        verb="generate",
+        log_format=choose_log_format(args.log_format, args.no_progress_bar),
+        log_interval=args.log_interval,
+        logger=logger,
+    )
+    for translation in translate(progress):
         sentences += 1
         tokens += len(translation.hypotheses[0].tokens)
         src_words = text.words(translation.src_tokens)
@@ -166,19 +173,6 @@ def _open_backend(
     models, data = open_models_and_data(args, choose_device(args.cpu))
     search = partial(translate_dataset, models, cfg=cfg, seed=args.seed, references=references)
     return search, data, longest_target(models)
-
-
-def _progress(batches: Iterable[T], total: int, args: Namespace) -> Iterator[T]:
-    """Yield ``batches``, showing how far it is as ``--log-format`` says."""
-    log_format = choose_log_format(args.log_format, args.no_progress_bar)
-    with tqdm(total=total, desc=f"generate {args.gen_subset}", leave=False, disable=log_format != "tqdm") as bar:
-        for number, batch in enumerate(batches, start=1):
-            yield batch
-            bar.update()
-            if number % args.log_interval == 0 and log_format == "simple":
-                logger.info(f"{args.gen_subset}: {number} of {total} batches")
-            elif number % args.log_interval == 0 and log_format == "json":
-                logger.info(f'{{"subset": "{args.gen_subset}", "batch": {number}, "batches": {total}}}')
 
 
 if __name__ == "__main__":

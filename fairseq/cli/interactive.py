@@ -25,6 +25,7 @@ from fairseq.interactive import prompt
 from fairseq.models.hub import TransformerModel
 from fairseq.options import INTERACTIVE_SECTIONS, GenerationConfig, ServeConfig, make_parser, section
 from fairseq.training.distributed import choose_device
+from fairseq.utils.io import refuse_bom
 from fairseq.utils.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -173,6 +174,8 @@ def _open_input(path: str) -> Iterator[IO[bytes]]:
 
 def _decode(lines: Iterable[bytes], path: str) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
+        if number == 1:
+            refuse_bom(line, f"{_name(path)}, line 1")
         try:
             yield line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:

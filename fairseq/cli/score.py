@@ -10,6 +10,7 @@ from fairseq.cli import command
 from fairseq.errors import FairseqError
 from fairseq.generation.scoring import Scorer
 from fairseq.options import ScoreConfig, make_parser, section
+from fairseq.utils.io import refuse_bom
 
 
 @command
@@ -54,6 +55,8 @@ def _lines(path: str) -> Iterator[str]:
     try:
         with open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-") as handle:
             for line in handle:
+                if number == 1:
+                    refuse_bom(line, f"{path}: line 1")
                 yield line.decode("utf-8").rstrip("\r\n")
                 number += 1
     except UnicodeDecodeError as error:

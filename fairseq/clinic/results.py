@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import platform
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
 
 KINDS = ("dependency", "stability", "gradients", "omega")
 DPI = 200
+
+
+def check_out_dir(directory: str | Path) -> None:
+    """Make the directory of results. Raises FairseqError, before anything is measured, when it is not writable."""
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise FairseqError(f"--out-dir {directory}: cannot write: {error.strerror or error}") from error
 
 
 def save_result(directory: str | Path, name: str, kind: str, command: str, data: Any, figure: Figure | None) -> None:
@@ -52,7 +62,7 @@ def load_results(directory: str | Path) -> dict[str, dict[str, Any]]:
             found[path.stem] = content
         except OSError as error:
             raise FairseqError(f"{path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise FairseqError(f"{path}: not a result of fairseq-clinic; move it out of {directory}") from None
     if not found:
         raise FairseqError(f"{directory}: no results of fairseq-clinic there; measure something first")

@@ -103,6 +103,20 @@ def named_file(text: str) -> tuple[str, str]:
     return (label, file) if equals and not Path(text).exists() else ("", text)
 
 
+def split_paths(text: str) -> list[str]:
+    """The parts of ``--path``. A colon that no part begins or ends at, as in ``post: lr 1=a.pt``, is part of a label.
+
+    A part ends at a colon when what it names so far, after its label, is a file.
+    """
+    parts, current = [], ""
+    for piece in text.split(":"):
+        current = f"{current}:{piece}" if current else piece
+        if Path(named_file(current)[1]).exists():
+            parts.append(current)
+            current = ""
+    return parts + ([current] if current or not parts else [])
+
+
 def load_subject(path: str, data: TranslationData, device: torch.device) -> Subject:
     """A checkpoint, given as ``FILE`` or ``LABEL=FILE``.
 

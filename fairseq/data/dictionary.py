@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from fairseq.errors import FairseqError
-from fairseq.utils.io import atomic_write
+from fairseq.utils.io import atomic_write, refuse_bom
 
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
 SPECIAL_SYMBOLS = (BOS, PAD, EOS, UNK)
+LONGEST_LINE = 2**16  # bytes of a line in a dictionary
 OVERWRITE_FLAG = "#fairseq:overwrite"  # a line with it may repeat an earlier symbol, which it replaces
 
 
@@ -32,6 +33,16 @@ def post_process(sentence: str, symbol: str | None) -> str:
         return sentence.replace(" ", "").replace("\u2581", " ").strip()
     mark = "@@ " if symbol in ("subword_nmt", "@@") else symbol
     return f"{sentence} ".replace(mark, "").rstrip()  # the added blank lets a mark at the very end match
+
+
+def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """Lines of a file, without their ends; of one that is longer than `LONGEST_LINE` only the beginning."""
+    try:
+        with open(path, "rb") as handle:
+            while line := handle.readline(LONGEST_LINE + 2):
+                yield line.removesuffix(b"\n")
+    except OSError as error:
+        raise FairseqError(f"{path}: cannot read the dictionary: {error.strerror or error}") from error
 
 
 class Dictionary:
@@ -76,15 +87,12 @@ class Dictionary:
         token that is there twice without ``#fairseq:overwrite``.
         """
         dictionary = cls()
-        try:
-            with open(path, "rb") as handle:
-                lines = handle.read().split(b"\n")
-        except OSError as error:
-            raise FairseqError(f"{path}: cannot read the dictionary: {error.strerror or error}") from error
-        if lines[-1] == b"":
-            lines.pop()
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_lines(path), 1):
             where = f"{path}, line {number}"
+            if len(line) > LONGEST_LINE:
+                raise FairseqError(f"{where}: more than {LONGEST_LINE:,} bytes; is it a dictionary?")
+            if number == 1:
+                refuse_bom(line, where)
             try:
                 entry, overwrite = line.decode("utf-8").rstrip(), False
             except UnicodeDecodeError as error:
@@ -97,13 +105,15 @@ class Dictionary:
             except ValueError:
                 frequency = -1
             if not token or frequency < 0:
-                raise FairseqError(f"{where}: '{entry}' is not 'token count'")
+                raise FairseqError(f"{where}: '{entry[:60]}' is not 'token count'")
             if token in dictionary and not overwrite:
                 raise FairseqError(
                     f"{where}: '{token}' is in the dictionary already; remove one of the two, or end this line with "
                     f"' {OVERWRITE_FLAG}' if it is to replace the other"
                 )
             dictionary._add(token, frequency)
+        if len(dictionary) == len(SPECIAL_SYMBOLS):
+            raise FairseqError(f"{path}: the dictionary is empty; make it again with fairseq-preprocess")
         return dictionary
 
     def save(self, path: str | os.PathLike[str]) -> None:

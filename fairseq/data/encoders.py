@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fairseq.data.dictionary import post_process
 from fairseq.errors import FairseqError
+from fairseq.utils.io import refuse_bom
 
 SUBWORD_NMT_SEPARATOR = "@@"
 
@@ -87,6 +88,8 @@ def _subword_nmt(path: str | None) -> Callable[[str], str]:
     try:
         # subword-nmt prints what it dislikes and exits
         with open(path, encoding="utf-8") as codes, contextlib.redirect_stderr(complaint):
+            refuse_bom(codes.read(1).encode(), f"--bpe-codes {path}")
+            codes.seek(0)
             return BPE(codes, separator=SUBWORD_NMT_SEPARATOR).process_line
     except OSError as error:
         raise FairseqError(f"--bpe-codes {path}: cannot read: {error.strerror}") from error

@@ -32,7 +32,7 @@ DTYPES: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 UNFINISHED = ".publishing"  # directory in a data-bin of the files that fairseq-preprocess is about to put in place
-OFFSETS_BLOCK = 2**18  # sentences whose offsets are computed at once
+OFFSETS_BLOCK = 2**18  # sentences whose offsets are computed, or checked, at once
 UINT16_ENTRIES = 65_500  # a dictionary of fewer entries is stored in two bytes an id
 
 
@@ -55,6 +55,24 @@ def _map(path: str) -> memoryview:
             return memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise FairseqError(f"{path}: cannot read: {error.strerror or error}") from error
+
+
+def _check_layout(index_path: str, sizes: np.ndarray, starts: np.ndarray, itemsize: int) -> int:
+    """The size in bytes of sentences that stand back to back, as all writers put them.
+
+    Raises FairseqError when the index says otherwise.
+    """
+    end = 0
+    for first in range(0, len(sizes), OFFSETS_BLOCK):
+        lengths = sizes[first : first + OFFSETS_BLOCK]
+        ends = end + np.cumsum(lengths, dtype=np.int64) * itemsize
+        if lengths.min() < 1 or starts[first] != end or (starts[first + 1 : first + len(ends)] != ends[:-1]).any():
+            raise FairseqError(
+                f"{index_path}: its sizes and offsets contradict each other between sentences {first} and "
+                f"{first + len(ends) - 1}; make the data-bin again"
+            )
+        end = int(ends[-1])
+    return end
 
 
 class IndexedDataset:
@@ -85,7 +103,7 @@ class IndexedDataset:
         data = _map(data_path)
         self.sizes = np.frombuffer(index, "<i4", count, HEADER.size)
         starts = np.frombuffer(index, "<i8", count, HEADER.size + 4 * count)
-        end = int(starts[-1]) + int(self.sizes[-1]) * dtype.itemsize if count else 0
+        end = _check_layout(index_path, self.sizes, starts, dtype.itemsize)
         if end > len(data):
             raise FairseqError(f"{data_path}: cut short: {len(data)} bytes, {end} expected; make the data-bin again")
         self.tokens = np.frombuffer(data, dtype.newbyteorder("<"), len(data) // dtype.itemsize)

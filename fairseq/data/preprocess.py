@@ -18,7 +18,7 @@ from fairseq.data.binarizer import NumberedText, binarize, count_lines
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import UNFINISHED
 from fairseq.errors import FairseqError
-from fairseq.utils.io import fsync_directory, locked_directory, temporary_directory
+from fairseq.utils.io import fsync_directory, locked_directory, refuse_bom, temporary_directory
 
 if TYPE_CHECKING:
     from fairseq.options import PreprocessConfig
@@ -94,6 +94,8 @@ def _check_parallel(paths: list[str]) -> None:
     for path, count in zip(paths, counts, strict=True):
         if count == 0:
             raise FairseqError(f"{path}: the file is empty")
+        with open(path, "rb") as handle:
+            refuse_bom(handle.read(3), path)
     if len(set(counts)) > 1:
         numbers = " and ".join(f"{path} has {count:,} lines" for path, count in zip(paths, counts, strict=True))
         raise FairseqError(f"{numbers}; parallel files must have the same number")

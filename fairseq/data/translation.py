@@ -125,9 +125,10 @@ def _positions_in_row(sizes: np.ndarray) -> np.ndarray:
 def _gather(side: IndexedDataset, indices: np.ndarray, sizes: np.ndarray, dictionary: Dictionary) -> np.ndarray:
     """The first ``sizes`` tokens of sentences ``indices`` back to back, int64."""
     tokens = side.tokens[np.repeat(side.offsets(indices), sizes) + _positions_in_row(sizes)].astype(np.int64)
-    if len(tokens) and int(tokens.max()) >= len(dictionary):
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(dictionary):
+        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
         raise FairseqError(
-            f"{side.prefix}.bin: token id {tokens.max()} is not in the dictionary ({len(dictionary)} entries); "
+            f"{side.prefix}.bin: token id {wrong} is not in the dictionary ({len(dictionary)} entries); "
             "use the dictionaries that this data-bin was made with"
         )
     return tokens

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq.checkpoint import build_from_checkpoint, check_dictionaries, load_checkpoint
+from fairseq.checkpoint import build_from_checkpoint, check_dictionaries, check_languages, load_checkpoint
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
@@ -215,6 +215,7 @@ def open_data(args: Namespace, models: Sequence[Transformer], settings: dict[str
         if known is not None:
             config = replace(config, source_lang=known[0], target_lang=known[1])
     data = TranslationData.open(config, getattr(args, "required_seq_len_multiple", 1))  # raw text has no such flag
+    check_languages(settings, data.source_lang, data.target_lang, args.path.split(":")[0])
     for model, path in zip(models, args.path.split(":"), strict=True):
         check_dictionaries(model, path, data_dir, (data.source_lang, data.src_dict), (data.target_lang, data.tgt_dict))
     return data
@@ -223,7 +224,9 @@ def open_data(args: Namespace, models: Sequence[Transformer], settings: dict[str
 def languages_of(settings: dict[str, Any], data_dir: str | os.PathLike[str]) -> tuple[str, str] | None:
     """Source and target language in a checkpoint's settings, if ``data_dir`` has a dictionary of both."""
     src, tgt = settings.get("source_lang"), settings.get("target_lang")
-    if src and tgt and all(os.path.isfile(os.path.join(data_dir, f"dict.{lang}.txt")) for lang in (src, tgt)):
+    if not (isinstance(src, str) and isinstance(tgt, str) and src and tgt):
+        return None
+    if all(os.path.isfile(os.path.join(data_dir, f"dict.{lang}.txt")) for lang in (src, tgt)):
         return src, tgt
     return None
 

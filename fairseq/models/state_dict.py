@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fairseq.errors import FairseqError
+
 # (our prefix within a layer, fairseq's), per stack
 _LAYER_NAMES = {
     "encoder": (
@@ -67,7 +69,10 @@ def to_fairseq(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_fairseq(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's ``model`` entry with our names; fused ``in_proj_weight`` is split, buffers are left out."""
+    """A checkpoint's ``model`` entry with our names; fused ``in_proj_weight`` is split, buffers are left out.
+
+    Raises FairseqError when a fused parameter is not three in one.
+    """
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.endswith(".version") or _POSITIONS.match(name):
@@ -90,6 +95,8 @@ def from_fairseq(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _split_fused(rest: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     for fused, kind in (("in_proj_weight", "weight"), ("in_proj_bias", "bias")):
         if rest.endswith(fused):
+            if tensor.dim() == 0 or tensor.size(0) % 3 or tensor.size(0) == 0:
+                raise FairseqError(f"parameter {rest} of shape {tuple(tensor.shape)} is not three in one")
             attention = rest[: -len(fused)]
             names = ("q_proj", "k_proj", "v_proj")
             return [(f"{attention}{n}.{kind}", part) for n, part in zip(names, tensor.chunk(3), strict=True)]

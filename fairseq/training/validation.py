@@ -15,6 +15,7 @@ from fairseq.data.batching import iterate_batches, make_batches
 from fairseq.data.encoders import make_text_pipeline
 from fairseq.data.translation import Batch, LanguagePairDataset, TranslationData
 from fairseq.errors import FairseqError
+from fairseq.generation.constraints import check_generation_config
 from fairseq.generation.output import TextFormat
 from fairseq.generation.scoring import Scorer
 from fairseq.generation.translate import translate_dataset
@@ -89,13 +90,19 @@ class Validator:
         return values[0]
 
     @torch.no_grad()
-    def measure(self, name: str) -> dict[str, float | int]:
-        """loss, nll_loss (base 2), ppl, wps and, with ``--eval-bleu``, bleu of one subset, over all processes."""
+    def measure(
+        self, name: str, watch: Callable[[Iterator[Batch], int], Iterator[Batch]] | None = None
+    ) -> dict[str, float | int]:
+        """loss, nll_loss (base 2), ppl, wps and, with ``--eval-bleu``, bleu of one subset, over all processes.
+
+        watch: takes the batches and their number, and yields them again, to show progress.
+        """
         was_training = self.model.training
         self.model.eval()
         averages = Averages()
         sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.world.device)
-        for batch in self._read(name):
+        batches = self._read(name)
+        for batch in batches if watch is None else watch(batches, len(self.batches[name])):
             if self.interrupted():
                 sums[-1] = 1  # tells the other processes
                 break
@@ -147,4 +154,9 @@ def _generation_config(settings: dict[str, Any]) -> GenerationConfig:
     unknown = sorted(settings.keys() - known)
     if unknown:
         raise FairseqError(f"--eval-bleu-args: '{unknown[0]}' is no generation setting (some are: beam, lenpen)")
-    return GenerationConfig(**settings)
+    cfg = GenerationConfig(**settings)
+    try:
+        check_generation_config(cfg)
+    except TypeError:
+        raise FairseqError('--eval-bleu-args: numbers are wanted, such as {"beam": 4, "lenpen": 0.6}') from None
+    return cfg

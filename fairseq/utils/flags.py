@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 C = TypeVar("C")
+LONGEST_LITERAL = 1000  # characters of a tuple on the command line
+LARGEST_INT = 2**53  # of a flag without a limit of its own: sums and products of sizes stay within 64 bits
 
 
 def flag(
@@ -61,12 +63,14 @@ def _parse_bool(text: str) -> bool:
 
 def _parse_tuple(text: str) -> tuple[Any, ...]:
     try:
+        if len(text) > LONGEST_LITERAL:  # deep nesting can exhaust the parser's memory and stack
+            raise ValueError
         value = ast.literal_eval(text)
         if not isinstance(value, (tuple, list)):
             raise ValueError
         return tuple(float(item) if item is not None else None for item in value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a tuple of numbers such as '(0.9, 0.98)'") from None
+    except (ValueError, SyntaxError, TypeError, ArithmeticError, MemoryError, RecursionError):
+        raise argparse.ArgumentTypeError(f"'{text[:60]}' is not a tuple of numbers such as '(0.9, 0.98)'") from None
 
 
 def _parse_list(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -174,10 +178,13 @@ def _bounded(parse: Callable[[str], Any], least: float | None, most: float | Non
                 raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
             if (
                 (least is not None and number < least)
+                or (isinstance(number, int) and most is below is None and abs(number) > LARGEST_INT)
                 or (most is not None and number > most)
                 or (below is not None and number >= below)
             ):
-                raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(wanted)}")
+                raise argparse.ArgumentTypeError(
+                    f"{text}: must be {' and '.join(wanted or [f'at most {LARGEST_INT}'])}"
+                )
         return value
 
     return checked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import os
@@ -22,6 +23,12 @@ def fsync_directory(path: str | os.PathLike[str]) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def refuse_bom(first: bytes, where: str) -> None:
+    """Raise FairseqError when ``first``, the start of a UTF-8 text, is a byte order mark, which would stick to a token."""
+    if first.startswith(codecs.BOM_UTF8):
+        raise FairseqError(f"{where}: begins with a byte order mark; save the file as UTF-8 without it")
 
 
 @contextlib.contextmanager
