@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import torch
 
 from fairseq.checkpoint import build_from_checkpoint, load_checkpoint, load_model
 from fairseq.errors import FairseqError
-from fairseq.utils import safe_pickle
+from fairseq.utils import unpickler
 from tests.toys import toy_model, write_toy_checkpoint
 
 SLOTS = ("args", "cfg", "model", "optimizer_history", "last_optimizer_state", "extra_state")
@@ -126,7 +127,7 @@ def test_the_attacks_work_on_plain_pickle(tmp_path, attack):
 def test_nothing_in_a_file_runs(tmp_path, monkeypatch, write, attack):
     monkeypatch.chdir(tmp_path)
     marker, path = tmp_path / "marker", tmp_path / "model.pt"
-    classes = (argparse.Namespace, safe_pickle.Record, safe_pickle.Class, safe_pickle.Function)
+    classes = (argparse.Namespace, unpickler.Record, unpickler.Class, unpickler.Function)
     before = [dict(vars(cls)) for cls in classes], torch._utils._rebuild_tensor_v2.__defaults__
     for slot in SLOTS:
         write(path, content(slot, attacks(marker)[attack]))
@@ -153,7 +154,7 @@ def test_foreign_objects_load_as_records(tmp_path):
     torch.save(torch.load(path, weights_only=False) | {"extra_state": {"meter": meter}}, path)
     del globals()["AverageMeter"]
     record = load_checkpoint(path)["extra_state"]["meter"]
-    assert isinstance(record, safe_pickle.Record)
+    assert isinstance(record, unpickler.Record)
     assert record.state == {"val": 3.5}
     load_model(path)
 
@@ -210,3 +211,110 @@ def test_damaged_files(tmp_path, legacy):
         damaged[position] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
         attempt(path)
+
+
+def op(code: bytes, *numbers: object) -> bytes:
+    """An opcode with its operand. code: as for `struct`, after the opcode itself."""
+    return code[:1] + struct.pack(code[1:].decode(), *numbers)
+
+
+def tensor_op(count: int, size: int, stride: int, key: str = "0") -> bytes:
+    """Opcodes that push a tensor of ``size`` elements of a storage that says it has ``count``."""
+    storage = b"(" + text("storage") + name("torch", "FloatStorage") + text(key) + text("cpu")
+    storage += dumped(count, 2) + b"tQ"
+    numbers = b"K\x00(" + dumped(size, 2) + b"t(" + dumped(stride, 2) + b"t"
+    return name("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + numbers + b"\x89}tR"
+
+
+DOUBLED = b"](K\x01K\x01eq\x00" + b"".join(b"0](h%ch%ceq%c" % (i, i, i + 1) for i in range(60))
+BOMBS = {
+    "doubled lists": DOUBLED,
+    "deep lists": b"]" * 100_000 + b"a" * 99_999,
+    "nested key": b"}" + b")" + b"\x85" * 200_000 + b"K\x01s",
+    "long int": op(b"\x8b<I", 2**31 - 1),
+    "long text": op(b"\x8d<Q", 2**62),
+    "long bytes": op(b"\x8e<Q", 2**40),
+    "long bytearray": op(b"\x96<Q", 2**40),
+    "far memo": b"]" + op(b"r<I", 2**32 - 1) + op(b"\x8d<Q", 2**62),
+    "copied list": b"](" + b"K\x01" * 50_000 + b"eq\x00" + name("torch", "Size") + b"q\x01" + b"h\x01h\x00\x85R" * 200,
+    "classes": b"".join(name("m", f"c{i}") + b"0" for i in range(2000)) + b"N",
+    "huge storage": tensor_op(2**50, 1, 1),
+    "huge tensor": tensor_op(1, 2**40, 1),
+    "expanded tensor": tensor_op(1, 2**40, 0),
+    "negative offset": tensor_op(1, -5, 1),
+    "extension": op(b"\x82<B", 1),
+}
+RUN_BOMBS = """
+import resource, sys
+from fairseq.checkpoint import build_from_checkpoint, load_checkpoint
+from fairseq.errors import FairseqError
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28,) * 2)
+for path in sys.argv[1:]:
+    try:
+        build_from_checkpoint(load_checkpoint(path), path)
+        print("accepted", path)
+    except FairseqError as error:
+        print("refused", error)
+"""
+
+
+def test_sizes_that_no_file_holds(tmp_path):
+    """Every bomb is refused by a process that may take no more than 256 MiB, and for another reason than that."""
+    paths = []
+    for number, (bomb, opcodes) in enumerate(BOMBS.items()):
+        for write, slots in (
+            (write_zip, SLOTS if bomb == "doubled lists" else ("args", "model")),
+            (write_legacy, SLOTS[2:3]),
+        ):
+            for slot in slots:
+                paths.append(tmp_path / f"{number}-{write.__name__}-{slot}-{bomb.replace(' ', '-')}.pt")
+                write(paths[-1], content(slot, opcodes))
+    compressed = tmp_path / "compressed.pt"
+    with zipfile.ZipFile(compressed, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a/data.pkl", "w") as member:
+        for _ in range(300):
+            member.write(bytes(2**20))
+    claimed = write_toy_checkpoint(toy_model(), tmp_path / "claimed.pt")
+    data = bytearray(claimed.read_bytes())
+    entry = data.index(b"PK\x01\x02")  # of data.pkl
+    data[entry + 24 : entry + 28] = struct.pack("<I", 2**32 - 2)
+    claimed.write_bytes(data)
+    for setting in ("encoder_layers", "encoder_ffn_embed_dim", "max_source_positions", "encoder_embed_dim"):
+        path = write_toy_checkpoint(toy_model(), tmp_path / f"{setting}.pt")
+        state = torch.load(path, weights_only=False)
+        setattr(state["args"], setting, 10**10)
+        torch.save(state, path)
+        paths.append(path)
+    paths += [compressed, claimed]
+    result = subprocess.run(
+        [sys.executable, "-c", RUN_BOMBS, *map(str, paths)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(paths)
+    for line in lines:
+        assert line.startswith("refused"), line
+        assert "MemoryError" not in line, line
+        assert "allocate" not in line, line
+
+
+def test_more_opcodes_than_any_checkpoint_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(unpickler, "MOST_OPCODES", 1000)
+    write_zip(tmp_path / "model.pt", content("extra_state", b"N0" * 1000 + b"}"))
+    assert "more than 1,000 opcodes" in attempt(tmp_path / "model.pt")
+
+
+def test_a_checkpoint_does_not_name_code_to_load(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w').close()")
+    path = write_toy_checkpoint(toy_model(), tmp_path / "model.pt")
+    state = torch.load(path, weights_only=False)
+    state["args"].user_dir = str(package)
+    torch.save(state, path)
+    load_model(path)
+    assert not (tmp_path / "marker").exists()

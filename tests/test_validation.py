@@ -146,8 +146,6 @@ def test_options_of_validation_do_not_change_training(toy_databin, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--path", ""), "--path FILE is missing"),
-        (("--path", "a.pt:b.pt"), "not an ensemble"),
         (("--path", "nowhere.pt"), "nowhere.pt: no such file"),
         (("-s", "yy", "-t", "xx"), "translates xx-yy, not yy-xx"),
         (("--valid-subset", "nowhere"), "nowhere"),
@@ -158,6 +156,19 @@ def test_options_of_validation_do_not_change_training(toy_databin, tmp_path):
 def test_errors(trained, capsys, flags, message):
     argv = [trained[0], "--path", trained[1] / LAST, "--cpu", *flags]
     assert_fails(capsys, 1, message, *argv, main=validate.main)
+
+
+@pytest.mark.parametrize(("path", "message"), [("", "--path FILE is missing"), ("a.pt:b.pt", "not an ensemble")])
+def test_usage_errors(trained, capsys, path, message):
+    assert_fails(capsys, 2, message, trained[0], "--path", path, main=validate.main)
+
+
+def test_log_interval(trained, caplog):
+    argv = [trained[0], "--path", trained[1] / LAST, "--cpu", "--batch-size", "8"]
+    with caplog.at_level("INFO"):
+        validate.main([*map(str, argv), "--no-progress-bar", "--log-interval", "2"])
+    batches = [message for message in caplog.messages if message.startswith("valid: ")]
+    assert batches == [f"valid: {number} of 4 batches" for number in (2, 4)]
 
 
 def test_flags_of_training_are_refused(trained, capsys):

@@ -45,10 +45,13 @@ class OmegaProfile:
     @classmethod
     def from_dict(cls, values: Any) -> OmegaProfile | None:
         """``to_dict``'s result as a profile; None for anything else, such as what older checkpoints have."""
-        stacks = [values.get(stack) if isinstance(values, dict) else None for stack in ("encoder", "decoder")]
-        if not all(isinstance(s, list) and all(isinstance(v, (int, float)) for v in s) for s in stacks):
-            return None
-        return cls(*([float(v) for v in stack] for stack in stacks))
+        stacks: list[list[float]] = []
+        for name in ("encoder", "decoder"):
+            stack = values.get(name) if isinstance(values, dict) else None
+            if not isinstance(stack, list) or not all(isinstance(v, (int, float)) and abs(v) < 1e300 for v in stack):
+                return None
+            stacks.append([float(v) for v in stack])
+        return cls(stacks[0], stacks[1])
 
     @classmethod
     def load(cls, path: str | Path) -> OmegaProfile:

@@ -135,7 +135,7 @@ def _generate(args: Namespace, out: IO[Any]) -> str | None:
         verb="generate",
         log_format=choose_log_format(args.log_format, args.no_progress_bar),
         log_interval=args.log_interval,
-        logger=logger,
+        log=logger,
     )
     for translation in translate(progress):
         sentences += 1

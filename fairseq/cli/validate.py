@@ -56,7 +56,7 @@ def _main(argv: list[str] | None = None) -> None:
             verb="validate",
             log_format=log_format,
             log_interval=args.log_interval,
-            logger=logger,
+            log=logger,
         )
         log.summary(subset, None, validator.measure(subset, watch), updates_of(state))
 

@@ -22,10 +22,12 @@ DPI = 200
 
 
 def check_out_dir(directory: str | Path) -> None:
-    """Make the directory of results. Raises FairseqError, before anything is measured, when it is not writable."""
+    """Raise FairseqError when results cannot be written, before anything is measured. Leaves nothing behind."""
     try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
+        place = Path(directory).absolute()
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise FairseqError(f"--out-dir {directory}: cannot write: {error.strerror or error}") from error
 

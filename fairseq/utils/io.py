@@ -26,7 +26,7 @@ def fsync_directory(path: str | os.PathLike[str]) -> None:
 
 
 def refuse_bom(first: bytes, where: str) -> None:
-    """Raise FairseqError when ``first``, the start of a UTF-8 text, is a byte order mark, which would stick to a token."""
+    """Raise FairseqError when ``first``, the start of a text, is a byte order mark: it would stick to a token."""
     if first.startswith(codecs.BOM_UTF8):
         raise FairseqError(f"{where}: begins with a byte order mark; save the file as UTF-8 without it")
 

@@ -19,7 +19,7 @@ def batch_progress(
     verb: str,
     log_format: str,
     log_interval: int,
-    logger: logging.Logger,
+    log: logging.Logger,
 ) -> Iterator[T]:
     """Yield ``batches``, with a bar (log_format tqdm) or a line every ``log_interval`` of them (simple, json)."""
     with tqdm(total=total, desc=f"{verb} {subset}", leave=False, disable=log_format != "tqdm") as bar:
@@ -27,6 +27,6 @@ def batch_progress(
             yield batch
             bar.update()
             if number % log_interval == 0 and log_format == "simple":
-                logger.info(f"{subset}: {number} of {total} batches")
+                log.info(f"{subset}: {number} of {total} batches")
             elif number % log_interval == 0 and log_format == "json":
-                logger.info(f'{{"subset": "{subset}", "batch": {number}, "batches": {total}}}')
+                log.info(f'{{"subset": "{subset}", "batch": {number}, "batches": {total}}}')

@@ -307,7 +307,7 @@ _OPCODES: dict[bytes, Callable[[Unpickler], Any]] = {
     b"\x8b": lambda u: u.integer(u.number("<I")),
     b"F": lambda u: u.push(float(u.line())),
     b"G": lambda u: u.push(u.number(">d")),
-    b"S": lambda u: u.old_text(codecs.escape_decode(u.line().strip()[1:-1])[0]),  # type: ignore[attr-defined]
+    b"S": lambda u: u.old_text(codecs.escape_decode(u.line().strip()[1:-1])[0]),
     b"T": lambda u: u.old_text(u.read(u.number("<i"))),
     b"U": lambda u: u.old_text(u.read(u.number("<B"))),
     b"V": lambda u: u.push(u.line().decode("raw-unicode-escape")),
