@@ -19,6 +19,7 @@ from fairseq import admin
 from fairseq.checkpoint import load_model
 from fairseq.cli import clinic
 from fairseq.clinic import figures
+from fairseq.clinic.subjects import split_paths
 from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import Transformer
 from tests.test_transformer import tiny
@@ -353,3 +354,10 @@ def test_a_checkpoint_of_short_sentences(toy_databin, tmp_path):
     checkpoint = write_toy_checkpoint(Transformer(cfg, 32, 32), tmp_path / "short.pt")
     assert load_model(checkpoint).encoder.embed_positions.weight.size(0) == 8
     measure("dependency", toy_databin, tmp_path, "--path", checkpoint, "--seeds", "1,2,3")
+
+
+def test_labels_with_a_colon(tmp_path):
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / name).touch()
+    parts = [f"lr: 1={tmp_path}/a.pt", f"{tmp_path}/b.pt", "nowhere.pt"]
+    assert split_paths(":".join(parts)) == parts

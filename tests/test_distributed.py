@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.training_runs import (
@@ -176,3 +178,23 @@ def test_interrupt_ends_all(toy_databin, tmp_path):
 def test_world_size(toy_databin, tmp_path, capsys, size):
     argv = command_line(toy_databin, tmp_path, "--distributed-world-size", size, "--max-update", 1)
     assert_fails(capsys, 2, "--distributed-world-size", *argv)
+
+
+@pytest.mark.slow
+def test_nothing_listens_beyond_this_machine(toy_databin, tmp_path):
+    process = start(toy_databin, tmp_path, *TWO, "--max-epoch", 1000)
+    found: set[tuple[str, int]] = set()
+    try:
+        for _ in range(300):
+            time.sleep(0.1)
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    listening = [c for c in child.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+                    found |= {tuple(connection.laddr) for connection in listening}
+            if logged(tmp_path):
+                break
+    finally:
+        process.terminate()
+        process.communicate()
+    assert len(found) >= 2  # the rendezvous, and the processes' own
+    assert {address for address, _ in found} == {"127.0.0.1"}

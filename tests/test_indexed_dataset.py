@@ -104,3 +104,22 @@ def test_damaged_files(tmp_path: Path) -> None:
     data.unlink()
     with pytest.raises(FairseqError, match=r"x\.bin: cannot read: No such file"):
         IndexedDataset(tmp_path / "x")
+
+
+@pytest.mark.parametrize("sizes", [(2, -1), (0, 1), (2**31 - 1, 1)])
+def test_sizes_that_contradict_offsets(tmp_path: Path, sizes: tuple[int, int]) -> None:
+    _write(tmp_path / "x", [[4, 2], [2]])
+    index = bytearray((tmp_path / "x.idx").read_bytes())
+    index[26:34] = struct.pack("<2i", *sizes)
+    (tmp_path / "x.idx").write_bytes(index)
+    with pytest.raises(FairseqError, match="contradict"):
+        IndexedDataset(tmp_path / "x")
+
+
+def test_more_sentences_than_bytes(tmp_path: Path) -> None:
+    _write(tmp_path / "x", [[4, 2], [2]])
+    index = bytearray((tmp_path / "x.idx").read_bytes())
+    index[18:26] = struct.pack("<Q", 2**60)
+    (tmp_path / "x.idx").write_bytes(index)
+    with pytest.raises(FairseqError, match="do not fit"):
+        IndexedDataset(tmp_path / "x")

@@ -10,7 +10,7 @@ import pytest
 
 from fairseq.models.config import TransformerConfig
 from fairseq.options import parse_train_args
-from fairseq.registry import ARCHITECTURES, CRITERIONS, LR_SCHEDULERS, OPTIMIZERS
+from fairseq.registry import ARCHITECTURES, CRITERIONS, LR_SCHEDULERS, OPTIMIZERS, import_user_dir
 from fairseq.utils.flags import from_namespace
 from tests.training_runs import assert_fails, command_line, last, logged, train
 
@@ -296,3 +296,13 @@ def test_user_dir_that_fails(toy_databin, tmp_path, capsys, content):
 def test_from_namespace_knows_aliases():
     cfg = from_namespace(TransformerConfig, {"relu_dropout": 0.5, "encoder_layers": 2, "unknown": 1}, dropout=0.3)
     assert (cfg.activation_dropout, cfg.encoder_layers, cfg.dropout) == (0.5, 2, 0.3)
+
+
+def test_two_user_dirs_of_one_name(tmp_path):
+    for parent in ("a", "b"):
+        package = tmp_path / parent / "mine"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(f"open({str(tmp_path / f'ran-{parent}')!r}, 'w').close()")
+        import_user_dir(str(package))
+    assert (tmp_path / "ran-a").exists()
+    assert (tmp_path / "ran-b").exists()

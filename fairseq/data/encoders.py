@@ -90,13 +90,15 @@ def _subword_nmt(path: str | None) -> Callable[[str], str]:
         with open(path, encoding="utf-8") as codes, contextlib.redirect_stderr(complaint):
             refuse_bom(codes.read(1).encode(), f"--bpe-codes {path}")
             codes.seek(0)
-            return BPE(codes, separator=SUBWORD_NMT_SEPARATOR).process_line
+            segment = BPE(codes, separator=SUBWORD_NMT_SEPARATOR).process_line
+            segment("ab")  # a version that it does not know is found out only here
+            return segment
     except OSError as error:
         raise FairseqError(f"--bpe-codes {path}: cannot read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise FairseqError(f"--bpe-codes {path}: not UTF-8 text; give the merges that subword-nmt learned") from error
-    except (SystemExit, ValueError, IndexError) as error:
-        detail = complaint.getvalue().partition("\n")[0] or str(error)
+    except (SystemExit, ValueError, IndexError, NotImplementedError) as error:
+        detail = complaint.getvalue().partition("\n")[0] or str(error) or "unknown version"
         raise FairseqError(f"--bpe-codes {path}: not a file of subword-nmt merges: {detail}") from error
 
 

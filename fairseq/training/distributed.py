@@ -223,6 +223,15 @@ def _worker(
     os._exit(status)  # without the usual clean-up, which may wait for the others or abort for the lack of them
 
 
+def _local_store(address: str, rank: int, size: int) -> dist.TCPStore:
+    """Where the processes of this machine meet. Left to itself, the store listens on all interfaces."""
+    host, port = address.removeprefix("tcp://").split(":")
+    if rank != 0:
+        return dist.TCPStore(host, int(port), size, is_master=False)
+    listener = socket.create_server((host, int(port)))
+    return dist.TCPStore(host, int(port), size, is_master=True, master_listen_fd=listener.detach())
+
+
 def _run(
     main: Callable[[Namespace, World], None], args: Namespace, rank: int, size: int, address: str, local_rank: int
 ) -> None:
@@ -231,7 +240,11 @@ def _run(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", address, rank=rank, world_size=size)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if address.startswith("tcp://"):
+            dist.init_process_group(backend, store=_local_store(address, rank, size), rank=rank, world_size=size)
+        else:
+            dist.init_process_group(backend, address, rank=rank, world_size=size)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise FairseqError(f"process {rank} of {size} cannot meet the others at {address}: {reason}") from error
