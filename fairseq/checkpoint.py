@@ -35,9 +35,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Nothing pickled in the file is executed. Raises FairseqError when it is damaged, which its checksums
     tell, or no fairseq checkpoint.
     """
-    if Path(path).is_file():
-        check_archive(path)
     state = safe_pickle.load(path)
+    check_archive(path)  # of what has not been read, too
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise FairseqError(f"checkpoint {path}: not a fairseq checkpoint (no parameters under 'model')")
     for name, tensor in state["model"].items():

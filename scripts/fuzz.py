@@ -149,11 +149,14 @@ def _checkpoints() -> list[bytes]:
     cfg = state | {"args": None, "cfg": {"model": vars(settings) | {"_name": "transformer"}, "task": {"data": ["x"]}}}
     found = []
     torch.serialization.set_crc32_options(False)  # else nearly all changes are found by a checksum
-    for content in (state, cfg):
-        for zipped in (True, False):
-            buffer = io.BytesIO()
-            torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
-            found.append(buffer.getvalue())
+    try:
+        for content in (state, cfg):
+            for zipped in (True, False):
+                buffer = io.BytesIO()
+                torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
+                found.append(buffer.getvalue())
+    finally:
+        torch.serialization.set_crc32_options(True)
     return found
 
 

@@ -140,7 +140,7 @@ def _read_zip(data: mmap.mmap, file: Any) -> Any:
             raise PickleError(f"{name} is cut short: {info.file_size:,} bytes in a file of {len(data):,}")
         stored = memoryview(data)[start : start + info.file_size]
         if checksums and zlib.crc32(stored) != info.CRC:
-            raise PickleError(f"{name} has another checksum than it was written with")
+            raise PickleError(f"the checksum of record {info.filename} does not match")
         return stored
 
     storages: dict[str, Tensor] = {}
