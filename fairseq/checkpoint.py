@@ -21,7 +21,6 @@ from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import from_fairseq
 from fairseq.models.transformer import Transformer
 from fairseq.utils import safe_pickle
-from fairseq.utils.archive_check import check_archive
 from fairseq.utils.flags import from_namespace
 from fairseq.utils.io import atomic_write
 
@@ -36,7 +35,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     tell, or no fairseq checkpoint.
     """
     state = safe_pickle.load(path)
-    check_archive(path)  # of what has not been read, too
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise FairseqError(f"checkpoint {path}: not a fairseq checkpoint (no parameters under 'model')")
     for name, tensor in state["model"].items():
