@@ -71,7 +71,7 @@ class Averages:
         loss, nll_loss: in nats; sample_size: what loss is divided by (target tokens, or sentences with
         ``--sentence-avg``); ntokens, nsentences. Training alone: updates; gnorm, the sum of their gradient norms before
         clipping; clip, how many were clipped; flops, if known: this process's model FLOPs; and what
-        `EpochBatchIterator.take_stats` counts.
+        `EpochBatchIterator.take_stats` counts, the mean over processes.
         """
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value

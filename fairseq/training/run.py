@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fairseq import admin
@@ -202,7 +203,10 @@ class TrainingRun:
 
     def _take_stats(self) -> None:
         """Fetch what the updates have added up to. Raises FairseqError when the loss was not finite."""
-        stats = self.trainer.take_stats() | self.itr.take_stats()
+        stats = self.trainer.take_stats()
+        read = self.itr.take_stats()  # by this process alone, while the trainer's sums are all processes'
+        total = self.world.sum(torch.tensor([*read.values()], dtype=torch.float64, device=self.world.device))
+        stats |= dict(zip(read, (total / self.world.size).tolist(), strict=True))
         self.interval_stats.add(stats)
         self.epoch_stats.add(stats)
 
