@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.image import imread
 
 from fairseq import admin
@@ -344,6 +345,15 @@ def test_a_checkpoint_of_other_dictionaries(toy_databin, tmp_path, capsys):
     write_toy_checkpoint(tiny(), tmp_path / "other.pt")
     argv = ("dependency", toy_databin, "--path", tmp_path / "other.pt", "--out-dir", tmp_path / "out")
     assert_fails(capsys, 1, "20 entries", *argv, main=clinic.main)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_with_an_empty_omega(tmp_path, adaptive_run, capsys):
+    state = torch.load(adaptive_run / "checkpoint_last.pt", weights_only=False)
+    name = next(name for name in state["model"] if name.endswith("ratio_change"))
+    state["model"][name] = torch.zeros(0)
+    torch.save(state, tmp_path / "empty.pt")
+    assert_fails(capsys, 1, "empty", "omega", tmp_path / "empty.pt", "--out-dir", tmp_path / "out", main=clinic.main)
     assert not (tmp_path / "out").exists()
 
 

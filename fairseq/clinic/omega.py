@@ -51,6 +51,8 @@ def read_omega(path: str | Path) -> dict[str, StackOmega]:
     vectors: dict[str, dict[tuple[int, int], Tensor]] = {"encoder": {}, "decoder": {}}
     for name, tensor in from_fairseq(state["model"]).items():
         if match := _OMEGA.fullmatch(name):
+            if not tensor.numel():
+                raise FairseqError(f"checkpoint {path}: {name} is empty")
             stack, layer, kind = match.groups()
             vectors[stack][int(layer), _ORDER.index(kind)] = tensor.double()
     if not vectors["encoder"] and not vectors["decoder"]:
