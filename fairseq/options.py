@@ -165,6 +165,9 @@ class OptimizationConfig:
     max_update: int = flag(0, "stop after this many updates (0: no limit)", least=0)
     stop_min_lr: float = flag(-1.0, "stop when the learning rate falls to this", "--min-lr")
     clip_norm: float = flag(0.0, "clip the gradient norm to this (0: do not clip)", least=0)
+    max_nonfinite_updates: int = flag(
+        10, "give up after N updates in a row without a finite loss and gradients, which are skipped", least=1
+    )
     sentence_avg: bool = flag(False, "normalise gradients by sentences instead of tokens")
     update_freq: list[int] = flag([1], "batches a process adds up before an update; a list is by epoch: 4,2,1", least=1)
     compile: bool = flag(False, "compile the layers with torch.compile: slower to start, then faster")

@@ -66,6 +66,14 @@ CASES = {
     "checkpoint *: damaged": [f"generate bin --path {name} --cpu" for name in ("cut.pt", "good.xx", "empty.xx")],
     "checkpoint *: not a fairseq": ["generate bin --path tensor.pt --cpu"],
     "checkpoint * does not fit": [f"train bin {TRAIN} --max-epoch 1 --train-subset test --finetune-from-model toy.pt"],
+    "checkpoint *: * is not finite": [
+        f"train bin {TRAIN} --max-epoch 1 --train-subset test --finetune-from-model nan.pt --encoder-layers 2 "
+        "--decoder-layers 2 --decoder-learned-pos"
+    ],
+    "training diverges": [
+        f"train bin {TRAIN} --max-epoch 20 --train-subset test --disable-validation --no-save --lr 1e30 "
+        "--lr-scheduler fixed"
+    ],
     "omega file * has": [
         f"train bin {TRAIN} --max-epoch 1 --train-subset test --init-type adaptive --omega-file omega.deep"
     ],
@@ -143,6 +151,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_toy_checkpoint(toy_model(), root / "toy.pt")
     (root / "cut.pt").write_bytes((root / "toy.pt").read_bytes()[:5000])
     torch.save(torch.ones(3), root / "tensor.pt")
+    model = toy_model()
+    model.encoder.layers[1].feed_forward.fc1.bias.data[3] = float("nan")
+    write_toy_checkpoint(model, root / "nan.pt")
     write_toy_databin(root / "bin")
     for name in ("cutbin", "cutidx", "badidx", "notidx", "badids", "other"):
         shutil.copytree(root / "bin", root / name)

@@ -105,6 +105,22 @@ class Adam(torch.optim.AdamW):
         self._updates = update
         return result
 
+    def step_unless(self, skip: Tensor) -> None:
+        """One update, unless ``skip``, a scalar on the device, is true: then nothing changes, the state included.
+
+        Does not wait for the device. Call `forget_step` when it is known that ``skip`` was true.
+        """
+        self.found_inf = skip.float()  # as torch.amp.GradScaler tells fused optimisers
+        try:
+            self.step()
+        finally:
+            del self.found_inf
+
+    def forget_step(self) -> None:
+        """Do not count the last step, which the device has skipped."""
+        assert self._updates is not None
+        self._updates -= 1
+
 
 def rectification(update: int, beta2: float) -> float:
     """RAdam's factor r_t at ``update`` (from 1); 0 while it is undefined (rho_t <= 5)."""

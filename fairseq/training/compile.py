@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from fairseq.training.out_of_memory import is_out_of_memory
+
 logger = logging.getLogger("fairseq.train")
 
 
@@ -32,6 +34,8 @@ class _Fallback:
         try:
             return self._compiled(*args, **kwargs)  # type: ignore[misc]
         except Exception as error:  # one that is not the compiler's comes again
+            if is_out_of_memory(error):
+                raise
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             logger.warning(f"--compile failed, going on without: {type(error).__name__}: {reason}")
             for layer in self._layers:

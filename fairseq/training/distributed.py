@@ -5,6 +5,7 @@ A process that fails ends all of them. What went wrong travels to the process th
 
 from __future__ import annotations
 
+import inspect
 import logging
 import multiprocessing.connection
 import os
@@ -33,6 +34,9 @@ from fairseq.training.signals import STOP_SIGNALS, STOP_STATUSES, exit_status
 # What gloo says when a process has gone; NCCL does not return, its process is ended with the others
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _INTERRUPTED = 130
+# A forward pass, which may run out of memory, waits for no other process; buffers are constants. (The name: torch 2.13)
+_DDP_FLAGS = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters
+_NO_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP_FLAGS else "broadcast_buffers": False}
 T = TypeVar("T")
 
 
@@ -84,7 +88,11 @@ class World:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
         return torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, bucket_cap_mb=bucket_cap_mb, gradient_as_bucket_view=True
+            model,
+            device_ids=ids,
+            bucket_cap_mb=bucket_cap_mb,
+            gradient_as_bucket_view=True,
+            **_NO_BUFFERS,
         )
 
 

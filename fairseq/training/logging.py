@@ -42,6 +42,8 @@ _DIGITS: dict[str, int | None] = {
     "padding": 1,
     "data_wait": 1,
     "loss_scale": 4,
+    "skipped": 0,
+    "ooms": 0,
     "mem_gb": 2,
     "tflops": None,
     "mfu": 1,
@@ -70,8 +72,9 @@ class Averages:
 
         loss, nll_loss: in nats; sample_size: what loss is divided by (target tokens, or sentences with
         ``--sentence-avg``); ntokens, nsentences. Training alone: updates; gnorm, the sum of their gradient norms before
-        clipping; clip, how many were clipped; flops, if known: this process's model FLOPs; and what
-        `EpochBatchIterator.take_stats` counts, the mean over processes.
+        clipping; clip, how many were clipped; skipped, updates that changed nothing; ooms, batches left out for want of
+        memory; flops, if known: this process's model FLOPs; and what `EpochBatchIterator.take_stats` counts, the mean
+        over processes.
         """
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -79,7 +82,8 @@ class Averages:
     def stats(self) -> dict[str, float | int]:
         """Losses in base 2, the perplexity 2^nll_loss, and speed since `reset`; empty when nothing was added.
 
-        In percent: clip, of updates; padding, of source and target positions; data_wait, of the time.
+        skipped and ooms: where there were any. In percent: clip, of updates; padding, of source and target
+        positions; data_wait, of the time.
         """
         sums = self._sums
         if not sums:
@@ -100,6 +104,7 @@ class Averages:
                 "gnorm": sums["gnorm"] / updates,
                 "clip": 100 * sums["clip"] / updates,
             }
+        stats |= {name: int(sums[name]) for name in ("skipped", "ooms") if sums.get(name)}
         if "flops" in sums:
             stats["tflops"] = sums["flops"] / seconds / 1e12
         if positions := sums.get("positions"):

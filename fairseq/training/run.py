@@ -23,6 +23,7 @@ from fairseq.models.transformer import Transformer
 from fairseq.options import CheckpointConfig, section
 from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.distributed import World
+from fairseq.training.divergence import require_finite
 from fairseq.training.flops import device_peak_flops, training_flops
 from fairseq.training.logging import Averages, TrainLog
 from fairseq.training.profiling import start_omega
@@ -71,6 +72,7 @@ class TrainingRun:
         state, path, parameters_only = self.checkpoints.load()
         if state is not None:
             load_parameters(model, from_fairseq(state["model"]), str(path))
+            require_finite(model.named_parameters(), f"checkpoint {path}")
         elif args.init_type == "adaptive":
             start_omega(args, model, itr, world)
         self.omega = admin.current_profile(model)  # at the start of training
@@ -126,8 +128,11 @@ class TrainingRun:
                 "continue with --reset-optimizer"
             )
         self.trainer.load_optimizer_state(state["last_optimizer_state"])
+        require_finite(self.trainer.named_optimizer_state(), f"checkpoint {path}")
         if not self.args.reset_lr_scheduler:
             self.trainer.num_updates = int(history["num_updates"])
+            self.trainer.skipped = int(history.get("skipped_updates", 0))
+            self.trainer.nonfinite_in_a_row = int(history.get("nonfinite_in_a_row", 0))
 
     def train(self) -> None:
         """Epochs until a limit is reached. Raises FairseqError when training diverges or a file cannot be written.
@@ -175,9 +180,6 @@ class TrainingRun:
                 updated = trainer.train_step(micro_batches)
                 self.train_wall += time.monotonic() - began
                 self._count_flops(micro_batches)
-                if not updated:
-                    scale = trainer.scaler.scale if trainer.scaler else 1.0
-                    logger.info(f"gradients overflow: update skipped, loss scale now {scale:g}")
                 if progress.update():
                     self._take_stats()
                     progress.log(self._train_stats(self.interval_stats), trainer.num_updates)
@@ -202,7 +204,7 @@ class TrainingRun:
                 self.epoch_stats.add(flops)
 
     def _take_stats(self) -> None:
-        """Fetch what the updates have added up to. Raises FairseqError when the loss was not finite."""
+        """Fetch what the updates have added up to."""
         stats = self.trainer.take_stats()
         read = self.itr.take_stats()  # by this process alone, while the trainer's sums are all processes'
         total = self.world.sum(torch.tensor([*read.values()], dtype=torch.float64, device=self.world.device))
@@ -238,7 +240,9 @@ class TrainingRun:
         if end_of_epoch:
             save = save or _due(args.save_interval, epoch)
         if save or check:
-            self._take_stats()  # nothing is saved of a model that has diverged
+            self._take_stats()
+            if self.trainer.num_updates < updates:  # the device has skipped it, which is known only now
+                return ""
         value, is_best = None, False
         if check and not args.disable_validation:
             try:
@@ -260,8 +264,9 @@ class TrainingRun:
     def _stop(self, signum: int, epoch: int, end_of_epoch: bool) -> str:
         """Save where training stands, what is due here left to the run that continues; returns why training ends."""
         self.stopped_by = signum
-        self.unfinished = epoch, end_of_epoch
+        updates = self.trainer.num_updates
         self._take_stats()
+        self.unfinished = (epoch, end_of_epoch) if self.trainer.num_updates == updates else None
         saved = True
         state = self._gathered_state(None)
         if self.world.is_master:
@@ -290,6 +295,8 @@ class TrainingRun:
                     "optimizer_name": args.optimizer,
                     "lr_scheduler_state": {"best": self.checkpoints.best},
                     "num_updates": trainer.num_updates,
+                    "skipped_updates": trainer.skipped,
+                    "nonfinite_in_a_row": trainer.nonfinite_in_a_row,
                 }
             ],
             "extra_state": {

@@ -2,13 +2,17 @@
 
 The trainer knows a model, a criterion, an optimiser and a schedule; it knows no residual rule. Statistics add up on the
 device until ``take_stats`` asks for them, so that on a GPU an update waits for nothing.
+
+An update whose loss or gradients are not finite changes nothing and is skipped. With a fused optimiser on a GPU the
+device itself does so, and this process learns of it when the next update is about to be applied.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -21,17 +25,23 @@ from fairseq import criterions, optim  # noqa: F401  (they register themselves)
 from fairseq.data.translation import Batch
 from fairseq.errors import FairseqError
 from fairseq.models.transformer import PADDING_IDX, Transformer
+from fairseq.optim.optimizers import Adam
 from fairseq.options import MemoryConfig, OptimizationConfig, TrainLogConfig, section
 from fairseq.registry import CRITERIONS, LR_SCHEDULERS, OPTIMIZERS
 from fairseq.training.activations import apply_memory_flags
 from fairseq.training.compile import compile_layers
 from fairseq.training.distributed import World
+from fairseq.training.divergence import advice, find_break
+from fairseq.training.out_of_memory import describe_batch, is_out_of_memory, smallest_batch
 from fairseq.training.precision import DynamicLossScaler, autocast
 from fairseq.training.sharding import gather, local, scatter_optimizer_state
 from fairseq.utils.flags import from_namespace
 
+logger = logging.getLogger("fairseq.train")
+
 SUMS = ("loss", "nll_loss", "ntokens", "nsentences")  # what a batch adds up to; losses in nats
-STATS = (*SUMS, "sample_size", "gnorm", "clip", "updates")  # what updates add up to
+STATS = (*SUMS, "sample_size", "gnorm", "clip", "updates", "skipped", "ooms")  # what updates add up to
+MAX_OOMS_IN_A_ROW = 10  # batches of a process
 
 
 def component(registry: Any, name: str, args: Namespace, *rest: Any) -> Any:
@@ -62,10 +72,15 @@ class Trainer:
         self.lr_at = component(LR_SCHEDULERS, args.lr_scheduler, args, self.cfg.lr, self.cfg.max_update)
         self.scaler = self._make_scaler() if args.fp16 else None
         self.num_updates = 0
+        self.skipped = 0  # updates that changed nothing, since training started
+        self.nonfinite_in_a_row = 0  # of the last ones
         self.epoch = 1
+        self._ooms_in_a_row = 0
         self._stats = torch.zeros(len(STATS), dtype=torch.float64, device=world.device)
-        # fp16 must know whether gradients overflowed; on the CPU looking costs nothing
-        self._check_every_update = args.fp16 or world.device.type == "cpu"
+        # The device skips by itself where the optimiser can; fp16's scale must know; on the CPU looking costs nothing
+        device_skips = isinstance(self.optimizer, Adam) and not self._sharded and self.cfg.max_nonfinite_updates > 1
+        self._check_every_update = args.fp16 or world.device.type == "cpu" or not device_skips
+        self._unread: Callable[[], list[float]] | None = None  # the last update's outcome, see _apply
         self.dummy_batch: Callable[[], Batch] | None = None  # for a process that has run out of batches
 
     def _make_scaler(self) -> DynamicLossScaler:
@@ -92,44 +107,81 @@ class Trainer:
     def train_step(self, micro_batches: list[Batch | None]) -> bool:
         """Do one update. micro_batches: this process's; None where it has run out and others have not.
 
-        Returns False when fp16 gradients overflowed and the update was skipped. Raises FairseqError when the loss scale
-        has no way down; on the CPU also when the loss or the gradients are not finite.
+        Returns False when the update was skipped: its loss or gradients were not finite, or no batch fitted into
+        memory. (Where the device skips, the next call or ``take_stats`` corrects ``num_updates``.) Raises FairseqError
+        when too many are skipped, the loss scale has no way down, or processes cannot go on without the batch.
         """
         self._wrapped.train()
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.world.device)  # and ooms
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             if isinstance(self._wrapped, nn.parallel.DistributedDataParallel) and not is_last:
                 with self._wrapped.no_sync():
-                    sums += self._backward(batch, index)
+                    self._backward(batch, index, sums)
             else:
-                sums += self._backward(batch, index)
-        return self._apply(self.world.sum(sums))
+                self._backward(batch, index, sums, averages=self.world.size > 1)
+        return self._apply(self.world.sum(sums), micro_batches)
 
-    def _backward(self, batch: Batch | None, index: int) -> Tensor:
-        """Add one micro-batch's gradients to the parameters'; returns its summed statistics."""
+    def _backward(self, batch: Batch | None, index: int, sums: Tensor, averages: bool = False) -> None:
+        """Add one micro-batch's gradients to the parameters', and its statistics to ``sums``.
+
+        averages: whether the backward pass averages gradients over the processes.
+        """
         weight = 0.0 if batch is None else 1.0
         if batch is None:
             assert self.dummy_batch is not None
             batch = self.dummy_batch()
         self._seed(index)
         scale = self.scaler.scale if self.scaler else 1.0
-        loss, nll = batch_losses(self._wrapped, self.criterion, batch, self.args, self.world.device, scale)
-        (loss * (weight * scale)).backward()
-        return weight * batch_sums(batch, loss.detach(), nll.detach())
+        during, loss, nll = "forward", None, None
+        try:
+            loss, nll = batch_losses(self._wrapped, self.criterion, batch, self.args, self.world.device, scale)
+            during = "backward"
+            (loss * (weight * scale)).backward()
+            sums[: len(SUMS)] += weight * batch_sums(batch, loss.detach(), nll.detach())
+            self._ooms_in_a_row = 0
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        del loss, nll  # with these and the error, all activations are gone
+        self._drop(batch, during, sums, averages)
+
+    def _drop(self, batch: Batch, during: str, sums: Tensor, averages: bool) -> None:
+        """Go on without a micro-batch that ran out of memory. during: forward or backward; for the rest `_backward`."""
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._ooms_in_a_row += 1
+        process = f"process {self.world.rank} of {self.world.size}: " if self.world.size > 1 else ""
+        what = f"{process}out of memory in the {during} pass on {describe_batch(batch)}"
+        if self._sharded or (averages and during == "backward"):
+            raise FairseqError(f"{what}, and the other processes cannot go on without it; lower --max-tokens")
+        if self._ooms_in_a_row == MAX_OOMS_IN_A_ROW:
+            raise FairseqError(f"{what}, the {MAX_OOMS_IN_A_ROW}th batch in a row; lower --max-tokens")
+        logger.error(f"{what}: left out; if this comes often, lower --max-tokens")
+        if during == "backward":  # the sum of gradients has a part of this batch's in it
+            self.optimizer.zero_grad(set_to_none=True)
+            sums[: len(SUMS)] = 0
+        sums[-1] += 1
+        if averages:
+            loss, _ = batch_losses(self._wrapped, self.criterion, smallest_batch(batch), self.args, self.world.device)
+            (loss * 0.0).backward()
 
     def _seed(self, micro_batch: int) -> None:
-        """Seed dropout by update and by the micro-batch's place among all processes'.
+        """Seed dropout by update, skipped ones counted, and by the micro-batch's place among all processes'.
 
         So a resumed run goes on as if never stopped, and two processes draw what one with twice --update-freq draws.
         """
         place = micro_batch * self.world.size + self.world.rank
-        seed = np.random.SeedSequence([self.args.seed, self.num_updates, place]).generate_state(1)[0]
+        seed = np.random.SeedSequence([self.args.seed, self.num_updates + self.skipped, place]).generate_state(1)[0]
         torch.manual_seed(int(seed))
 
-    def _apply(self, sums: Tensor) -> bool:
-        """Normalise and clip the gradients and update the parameters. sums: of the whole update, as in SUMS."""
+    def _apply(self, sums: Tensor, micro_batches: list[Batch | None]) -> bool:
+        """Normalise and clip the gradients and update the parameters; returns as ``train_step``.
+
+        sums: of the whole update, as in SUMS, and the batches that ran out of memory.
+        """
         sample_size = sums[3] if self.cfg.sentence_avg else sums[2]
         scale = self.scaler.scale if self.scaler else 1.0
         grads = [local(p.grad) for p in self.parameters if p.grad is not None]
@@ -143,38 +195,95 @@ class Trainer:
         if self.cfg.clip_norm > 0:
             clipped = (gnorm > self.cfg.clip_norm).double()
             factor = factor * (self.cfg.clip_norm / (gnorm + 1e-6)).clamp(max=1.0)
-        if self._check_every_update and not bool(torch.isfinite(gnorm) & torch.isfinite(sums[0])):
-            if self.scaler is None:
-                raise self._diverged()
-            self.scaler.update(overflow=True)
+        skip = ~(torch.isfinite(gnorm) & torch.isfinite(sums[0]))  # also when no batch fitted: sample_size is 0
+        rest = torch.stack([sample_size, gnorm.double(), clipped, torch.ones_like(sample_size)])
+        done = torch.cat([sums[: len(SUMS)], rest])
+        self._stats += torch.cat([done.masked_fill(skip, 0.0), skip.double()[None], sums[-1:]])
+        outcome = torch.stack([skip.double(), sums[0], gnorm.double(), sample_size])
+        self._read_outcome()
+        look = self._check_every_update or self.nonfinite_in_a_row > 0
+        if look and skip:
+            self._skip(outcome.tolist(), micro_batches)
             return False
         torch._foreach_mul_(grads, factor)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        self.optimizer.step()
+        if look:
+            self.optimizer.step()
+            self.nonfinite_in_a_row = 0
+        else:
+            assert isinstance(self.optimizer, Adam)
+            self.optimizer.step_unless(skip)
+            self._unread = _on_its_way_to_host(outcome)
         if self.scaler is not None:
             self.scaler.update(overflow=False)
         self.num_updates += 1
-        rest = torch.stack([sample_size, gnorm.double(), clipped, torch.ones_like(sample_size)])
-        self._stats += torch.cat([sums, rest])
         return True
 
-    def take_stats(self) -> dict[str, float]:
-        """Sums over the updates since the last call and over all processes, by the names in STATS; losses in nats.
+    def _read_outcome(self) -> None:
+        """Correct the counts if the device has skipped the last update."""
+        if self._unread is None:
+            return
+        outcome, self._unread = self._unread(), None
+        if outcome[0]:
+            assert isinstance(self.optimizer, Adam)
+            self.optimizer.forget_step()
+            self.num_updates -= 1
+            self._skip(outcome, [])
 
-        Raises FairseqError when the loss or the gradients were not finite.
+    def _skip(self, outcome: list[float], micro_batches: list[Batch | None]) -> None:
+        """Count an update that changed nothing; raises FairseqError when it is one too many.
+
+        outcome: 1; the loss; the gradient norm; the sample size. micro_batches: to find out where it broke.
         """
+        _, loss, gnorm, sample_size = outcome
+        bad = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {gnorm}"
+        if sample_size == 0:
+            logger.warning(f"update {self.num_updates + 1} skipped: none of its batches fitted into memory")
+        elif self.scaler is None or not self._lower_scale(self.scaler, bad, micro_batches):
+            self.nonfinite_in_a_row += 1
+            most = self.cfg.max_nonfinite_updates
+            if self.nonfinite_in_a_row == most:
+                raise self._diverged(bad, f"--max-nonfinite-updates {most} reached", micro_batches)
+            logger.warning(
+                f"update {self.num_updates + 1} skipped: {bad} ({self.nonfinite_in_a_row} in a row; training ends at "
+                f"--max-nonfinite-updates {most})"
+            )
+        self.skipped += 1
+
+    def _lower_scale(self, scaler: DynamicLossScaler, bad: str, micro_batches: list[Batch | None]) -> bool:
+        """Answer an overflow; returns False at ``--threshold-loss-scale``, where it may have no end. See `_skip`."""
+        if scaler.scale == scaler.threshold:
+            return False
+        try:
+            scaler.update(overflow=True)
+        except FairseqError as error:
+            raise self._diverged(bad, str(error), micro_batches) from None
+        logger.info(f"gradients overflow: update skipped, loss scale now {scaler.scale:g}")
+        return True
+
+    def _diverged(self, bad: str, why: str, micro_batches: list[Batch | None]) -> FairseqError:
+        """The error that ends training; all processes call this. why: it ends now. For the rest see `_skip`."""
+        where = find_break(self.model, self.world, micro_batches, self._loss_again)
+        return FairseqError(
+            f"training diverges at update {self.num_updates + 1}, learning rate {self.lr:g}: {bad} ({why}); {where}; "
+            + advice(self.model.cfg, self.cfg.clip_norm)
+        )
+
+    def _loss_again(self, batch: Batch | None, index: int) -> Tensor:
+        """A micro-batch's loss, as `_backward` had it."""
+        if batch is None:
+            assert self.dummy_batch is not None
+            batch = self.dummy_batch()
+        self._seed(index)
+        return batch_losses(self.model, self.criterion, batch, self.args, self.world.device)[0]
+
+    def take_stats(self) -> dict[str, float]:
+        """Sums over the updates since the last call and over all processes, by the names in STATS; losses in nats."""
+        self._read_outcome()
         stats = dict(zip(STATS, self._stats.tolist(), strict=True))
         self._stats.zero_()
-        if not (math.isfinite(stats["loss"]) and math.isfinite(stats["gnorm"])):
-            raise self._diverged()
         return stats
-
-    def _diverged(self) -> FairseqError:
-        return FairseqError(
-            f"the loss or its gradients are not finite after {self.num_updates} updates: training diverges; lower "
-            "--lr, warm up longer, clip with --clip-norm, or use --init-type adaptive for a deep Post-LN model"
-        )
 
     def parameter_state(self) -> dict[str, Tensor]:
         """The model's ``state_dict()``, whole; sharded, it is gathered: all processes call this, the first gets it."""
@@ -197,6 +306,13 @@ class Trainer:
             group.update(own)
         if self.scaler and "loss_scaler" in state:
             self.scaler.load_state_dict(state["loss_scaler"])
+
+    def named_optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """The optimiser's tensors, each with what it is of which parameter."""
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    yield f"the optimiser's {key} of {name}", value
 
 
 def batch_losses(
@@ -226,6 +342,20 @@ def batch_sums(batch: Batch, loss: Tensor, nll: Tensor) -> Tensor:
     # filled on the device: copying a tensor there would wait for all work queued so far
     counts = [torch.full_like(loss, batch[key]) for key in ("ntokens", "nsentences")]
     return torch.stack([loss, nll, *counts]).double()
+
+
+def _on_its_way_to_host(tensor: Tensor) -> Callable[[], list[float]]:
+    """Start to copy a vector to the host; returns what waits for it."""
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    copy, arrived = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return copy.tolist()
+
+    return wait
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

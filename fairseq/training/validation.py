@@ -18,12 +18,13 @@ from fairseq.errors import FairseqError
 from fairseq.generation.constraints import check_generation_config
 from fairseq.generation.output import TextFormat
 from fairseq.generation.scoring import Scorer
-from fairseq.generation.translate import translate_dataset
+from fairseq.generation.translate import translate_batch
 from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
 from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.distributed import World
 from fairseq.training.logging import Averages, TrainLog
+from fairseq.training.out_of_memory import out_of_memory_ends
 from fairseq.training.precision import autocast
 from fairseq.training.trainer import SUMS, batch_losses, batch_sums
 
@@ -76,7 +77,8 @@ class Validator:
     def validate(self, epoch: int, num_updates: int, log: TrainLog, checkpoints: CheckpointManager) -> float:
         """Measure all subsets and log them; returns ``--best-checkpoint-metric`` of the first.
 
-        checkpoints: knows the best value so far. Raises ValidationInterrupted when ``interrupted`` says so.
+        checkpoints: knows the best value so far. Raises ValidationInterrupted when ``interrupted`` says so, and
+        FairseqError when a batch does not fit into memory.
         """
         metric = self.args.best_checkpoint_metric
         values = []
@@ -106,7 +108,8 @@ class Validator:
             if self.interrupted():
                 sums[-1] = 1  # tells the other processes
                 break
-            losses = batch_losses(self.model, self.criterion, batch, self.args, self.world.device)
+            with out_of_memory_ends(batch, f"validating on '{name}'", "lower --max-tokens-valid"):
+                losses = batch_losses(self.model, self.criterion, batch, self.args, self.world.device)
             sums[:-1] += batch_sums(batch, *losses)
         *totals_, interrupted = self.world.sum(sums).tolist()
         if interrupted:
@@ -127,13 +130,16 @@ class Validator:
     def _bleu(self, name: str) -> float:
         pairs: list[tuple[str, str]] = []
         with autocast(self.world.device, self.args.fp16, self.args.bf16):
-            for translation in translate_dataset([self.model], self._read(name), self._generation, self.args.seed):
+            for batch in self._read(name):
+                with out_of_memory_ends(batch, f"--eval-bleu on '{name}'", "lower --max-tokens-valid"):
+                    translations = translate_batch([self.model], batch, self._generation, self.args.seed)
+                for translation in translations:
+                    best = self._text.hypothesis(translation.hypotheses[0], self._text.words(translation.src_tokens))
+                    assert translation.target is not None
+                    reference = self._text.target(translation.target)
+                    pairs.append((reference, self._text.decode(best)))
                 if self.interrupted():
                     break
-                best = self._text.hypothesis(translation.hypotheses[0], self._text.words(translation.src_tokens))
-                assert translation.target is not None
-                reference = self._text.target(translation.target)
-                pairs.append((reference, self._text.decode(best)))
         if self.args.eval_bleu_print_samples and pairs and self.world.is_master:
             print(f"example hypothesis: {pairs[0][1]}\nexample reference: {pairs[0][0]}", flush=True)
         parts: list[Any] = [None if self.interrupted() else pairs]
