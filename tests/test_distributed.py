@@ -141,6 +141,7 @@ def test_one_failing_process_ends_all_with_one_line(toy_databin, tmp_path, failu
 @pytest.mark.slow
 def test_an_error_of_all_processes_is_told_once(toy_databin, tmp_path, failure):
     flags = (*TWO, "--max-epoch", 1, "--optimizer", "sgd", "--lr", "1e30", "--lr-scheduler", "fixed")
+    flags += ("--max-nonfinite-updates", 2)
     (line,) = failure(toy_databin, tmp_path, *flags)
     assert re.match("error: .* training diverges", line)
 

@@ -36,7 +36,9 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _INTERRUPTED = 130
 # A forward pass, which may run out of memory, waits for no other process; buffers are constants. (The name: torch 2.13)
 _DDP_FLAGS = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters
-_NO_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP_FLAGS else "broadcast_buffers": False}
+_NO_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_FLAGS else "broadcast_buffers": False
+}
 T = TypeVar("T")
 
 
