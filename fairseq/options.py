@@ -220,6 +220,9 @@ class DistributedConfig:
         choices=("pytorch_ddp", "c10d", "no_c10d", "legacy_ddp", "fully_sharded"),
     )
     bucket_cap_mb: int = flag(25, "size of a gradient bucket, in MiB", least=1)
+    heartbeat_timeout: float = flag(
+        300.0, "end all processes, with status 75, when one has hung or been away for this many seconds (-1: never)"
+    )
 
 
 @dataclass

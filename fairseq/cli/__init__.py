@@ -36,7 +36,7 @@ def command(main: Main, logs: TextIO | None = None) -> Main:
             sys.stdout.flush()
         except FairseqError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(EXIT_ERROR)
+            sys.exit(error.exit_status)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(EXIT_INTERRUPTED)

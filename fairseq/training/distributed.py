@@ -1,6 +1,7 @@
 """Processes and devices: alone, one a GPU on this machine, or as torchrun says.
 
 A process that fails ends all of them. What went wrong travels to the process that started them, which says it once.
+Processes that are started here meet and talk on the loopback interface alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from torch import Tensor
 from fairseq.errors import FairseqError
 from fairseq.models.transformer import Transformer
 from fairseq.registry import import_user_dir
+from fairseq.training.heartbeat import LOST_STATUS, Heartbeat, LostProcess, end_process
 from fairseq.training.logging import DATE_FORMAT, LINE_FORMAT
 from fairseq.training.sharding import shard
 from fairseq.training.signals import STOP_SIGNALS, STOP_STATUSES, exit_status
@@ -39,11 +41,8 @@ _DDP_FLAGS = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init_
 _NO_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _DDP_FLAGS else "broadcast_buffers": False
 }
+_ENVIRONMENT = "env://"  # torchrun, or whoever else has set RANK, says where the processes meet
 T = TypeVar("T")
-
-
-class _LostOthers(FairseqError):
-    """This process failed because another did."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    heartbeat: Heartbeat | None = None  # of several processes, unless turned off
 
     @property
     def is_master(self) -> bool:
@@ -72,6 +72,10 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
+
+    def reading(self, batches: Iterable[T], updates: Callable[[], int] | None = None) -> Iterable[T]:
+        """``batches``, which are not waited for longer than ``--heartbeat-timeout``. updates: how many are done."""
+        return batches if self.heartbeat is None else self.heartbeat.reading(batches, updates)
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -120,7 +124,7 @@ def launch(main: Callable[[Namespace, World], None], args: Namespace) -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         try:
-            _run(main, args, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://", local_rank)
+            _run(main, args, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _ENVIRONMENT, local_rank)
         finally:
             if dist.is_initialized() and dist.get_backend() == "gloo":  # its threads would abort this process
                 dist.destroy_process_group()
@@ -136,16 +140,17 @@ def launch(main: Callable[[Namespace, World], None], args: Namespace) -> None:
 
 
 def _start_processes(main: Callable[[Namespace, World], None], args: Namespace, size: int) -> None:
-    """Run ``main`` in ``size`` new processes. Raises FairseqError when one fails, when all have been ended.
+    """Run ``main`` in ``size`` new processes, which meet in a store that this one keeps. Raises FairseqError when one
+    fails, when all have been ended.
 
     A signal to stop goes to all of them; SystemExit with its status follows when they have ended. A second SIGINT kills
     them.
     """
-    address = f"tcp://127.0.0.1:{args.distributed_port or _free_port()}"
+    store = _listen(args.distributed_port)
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it says which processes it ends
     errors = mp.get_context("spawn").SimpleQueue()
     processes = mp.start_processes(
-        _worker, (main, args, size, address, errors), nprocs=size, join=False, start_method="spawn"
+        _worker, (main, args, size, f"127.0.0.1:{store.port}", errors), nprocs=size, join=False, start_method="spawn"
     )
     received: list[int] = []
 
@@ -167,7 +172,8 @@ def _start_processes(main: Callable[[Namespace, World], None], args: Namespace, 
     except mp.ProcessExitedException as error:
         stops = [process.exitcode for process in processes.processes if process.exitcode in STOP_STATUSES]
         if not errors.empty():
-            raise FairseqError(errors.get()) from None
+            lost = any(process.exitcode == LOST_STATUS for process in processes.processes)
+            raise (LostProcess if lost else FairseqError)(errors.get()) from None
         if received or stops:
             raise SystemExit(exit_status(received[0]) if received else stops[0]) from None
         for rank, process in enumerate(processes.processes):
@@ -200,10 +206,23 @@ def _wait_for(processes: list[Any], ended: list[Any]) -> None:
                 process.kill()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _listen(port: int) -> dist.TCPStore:
+    """The store through which processes of this machine meet, on loopback: torch alone would listen on all interfaces.
+
+    port: 0 is any free one. Raises FairseqError when it is in use.
+    """
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        listener.close()
+        raise FairseqError(
+            f"--distributed-port {port}: {error.strerror}; take another port, or none for any that is free"
+        ) from error
+    listener.listen(socket.SOMAXCONN)
+    port = listener.getsockname()[1]
+    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def _worker(
@@ -211,15 +230,24 @@ def _worker(
 ) -> None:
     level = os.environ.get("LOGLEVEL", "INFO").upper()
     logging.basicConfig(level=level, format=LINE_FORMAT, datefmt=DATE_FORMAT, stream=sys.stdout)
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
     mp.set_start_method(None, force=True)  # data workers start as usual, not by spawning
     if args.cpu or not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     status = 1
+
+    def end(line: str) -> None:
+        if line:
+            errors.put(line)
+        os._exit(LOST_STATUS)
+
     try:
-        _run(main, args, rank, size, address, rank)
+        _run(main, args, rank, size, address, rank, end)
         return
-    except _LostOthers:
-        pass
+    except LostProcess:
+        pass  # the process that started all knows why the other ended
     except FairseqError as error:
         errors.put(str(error))
     except KeyboardInterrupt:
@@ -233,38 +261,57 @@ def _worker(
     os._exit(status)  # without the usual clean-up, which may wait for the others or abort for the lack of them
 
 
-def _local_store(address: str, rank: int, size: int) -> dist.TCPStore:
-    """Where the processes of this machine meet. Left to itself, the store listens on all interfaces."""
-    host, port = address.removeprefix("tcp://").split(":")
-    if rank != 0:
-        return dist.TCPStore(host, int(port), size, is_master=False)
-    listener = socket.create_server((host, int(port)))
-    return dist.TCPStore(host, int(port), size, is_master=True, master_listen_fd=listener.detach())
-
-
 def _run(
-    main: Callable[[Namespace, World], None], args: Namespace, rank: int, size: int, address: str, local_rank: int
+    main: Callable[[Namespace, World], None],
+    args: Namespace,
+    rank: int,
+    size: int,
+    address: str,
+    local_rank: int,
+    end: Callable[[str], None] = end_process,
 ) -> None:
+    """Meet the others at ``address`` and run ``main``. end: ends this process when another is lost, see Heartbeat."""
     import_user_dir(args.user_dir)
     device = choose_device(args.cpu, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    where = address
+    if address == _ENVIRONMENT:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    heartbeat = None
     try:
+        store = _connect(address)
+        if args.heartbeat_timeout > 0 and size > 1:
+            heartbeat = Heartbeat(_connect(address), where, rank, size, args.heartbeat_timeout, end)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if address.startswith("tcp://"):
-            dist.init_process_group(backend, store=_local_store(address, rank, size), rank=rank, world_size=size)
-        else:
-            dist.init_process_group(backend, address, rank=rank, world_size=size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise FairseqError(f"process {rank} of {size} cannot meet the others at {address}: {reason}") from error
+        raise FairseqError(f"process {rank} of {size} cannot meet the others at {where}: {reason}") from error
+    if heartbeat is not None:
+        heartbeat.start()
     try:
-        main(args, World(rank, size, device))
+        main(args, World(rank, size, device, heartbeat))
     except RuntimeError as error:
         if any(reason in str(error) for reason in _LOST):
-            raise _LostOthers(f"process {rank} of {size} has lost the others, one of which failed") from error
+            who = heartbeat.who_is_gone() if heartbeat is not None else ""
+            raise LostProcess(who or f"process {rank} of {size} has lost the others, one of which failed") from error
         raise
     except SystemExit:  # all processes stop for a signal
-        dist.destroy_process_group()
+        _leave(heartbeat)
         raise
+    _leave(heartbeat)
+
+
+def _connect(address: str) -> dist.Store:
+    """A connection of its own to the store where the processes meet."""
+    if address == _ENVIRONMENT:
+        return next(iter(dist.rendezvous(address)))[0]
+    host, port = address.split(":")
+    return dist.TCPStore(host, int(port), is_master=False)
+
+
+def _leave(heartbeat: Heartbeat | None) -> None:
+    if heartbeat is not None:
+        heartbeat.stop()
     dist.destroy_process_group()

@@ -175,7 +175,7 @@ class TrainingRun:
             self.interval_stats.reset()
             self.epoch_stats.reset()
         with self.log.progress(epoch, itr.updates_in_epoch(frequency), itr.updates_done(frequency)) as progress:
-            for micro_batches in itr.updates(frequency):
+            for micro_batches in self.world.reading(itr.updates(frequency), lambda: trainer.num_updates):
                 began = time.monotonic()
                 updated = trainer.train_step(micro_batches)
                 self.train_wall += time.monotonic() - began

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -123,9 +123,9 @@ class Validator:
         self.model.train(was_training)
         return stats
 
-    def _read(self, name: str) -> Iterator[Batch]:
+    def _read(self, name: str) -> Iterable[Batch]:
         pinned = self.world.device.type == "cuda"
-        return iterate_batches(self.sets[name], self.batches[name], self.args.num_workers, pinned)
+        return self.world.reading(iterate_batches(self.sets[name], self.batches[name], self.args.num_workers, pinned))
 
     def _bleu(self, name: str) -> float:
         pairs: list[tuple[str, str]] = []
