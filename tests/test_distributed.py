@@ -153,7 +153,15 @@ def test_port_in_use(toy_databin, tmp_path, failure):
         other.listen()
         port = other.getsockname()[1]
         (line,) = failure(toy_databin, tmp_path, *TWO, "--distributed-port", port, "--max-epoch", 1)
-    assert re.match(rf"error: process 0 of 2 cannot meet the others at tcp://127.0.0.1:{port}: .*in use", line)
+    assert re.match(rf"error: --distributed-port {port}: Address already in use; take another", line)
+
+
+def listening(pid: int | str) -> list[str]:
+    """The addresses, as the kernel writes them, at which a process listens."""
+    links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]
+    entries = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/{pid}/net/{name}").open()]
+    listen = "0A"
+    return [entry[1].split(":")[0] for entry in entries if entry[3] == listen and f"socket:[{entry[9]}]" in links]
 
 
 @pytest.mark.slow
@@ -162,6 +170,8 @@ def test_interrupt_ends_all(toy_databin, tmp_path):
     while process.poll() is None and not (tmp_path / "checkpoint1.pt").exists():
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    addresses = {address for pid in (process.pid, *children) for address in listening(pid)}
+    assert addresses == {"0100007F"}  # 127.0.0.1: nobody else can talk to them
     process.send_signal(signal.SIGINT)
     try:
         _, errors = process.communicate(timeout=60)

@@ -306,7 +306,9 @@ def _run(
 def _connect(address: str) -> dist.Store:
     """A connection of its own to the store where the processes meet."""
     if address == _ENVIRONMENT:
-        return next(iter(dist.rendezvous(address)))[0]
+        store = next(iter(dist.rendezvous(address)))[0]
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the processes before
+        return dist.PrefixStore(f"attempt_{attempt}", store)
     host, port = address.split(":")
     return dist.TCPStore(host, int(port), is_master=False)
 
