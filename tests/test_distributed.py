@@ -159,7 +159,8 @@ def test_port_in_use(toy_databin, tmp_path, failure):
 def listening(pid: int | str) -> list[str]:
     """The addresses, as the kernel writes them, at which a process listens."""
     links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]
-    entries = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/{pid}/net/{name}").open()]
+    tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    entries = [line.split() for table in tables for line in table.splitlines()]
     listen = "0A"
     return [entry[1].split(":")[0] for entry in entries if entry[3] == listen and f"socket:[{entry[9]}]" in links]
 

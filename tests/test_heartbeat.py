@@ -30,7 +30,7 @@ class Hanging:
 
 
 class Watchers:
-    """Heartbeats of several ranks in this process, and what they say; one that should end this process beats no more."""
+    """Heartbeats of several ranks in this process, and what they say; who should end this process beats no more."""
 
     def __init__(self, size: int, timeout: float = TIMEOUT) -> None:
         store = dist.HashStore()
