@@ -93,7 +93,7 @@ class Validator:
 
     @torch.no_grad()
     def measure(
-        self, name: str, watch: Callable[[Iterator[Batch], int], Iterator[Batch]] | None = None
+        self, name: str, watch: Callable[[Iterable[Batch], int], Iterable[Batch]] | None = None
     ) -> dict[str, float | int]:
         """loss, nll_loss (base 2), ppl, wps and, with ``--eval-bleu``, bleu of one subset, over all processes.
 
