@@ -143,7 +143,7 @@ def test_an_error_of_all_processes_is_told_once(toy_databin, tmp_path, failure):
     flags = (*TWO, "--max-epoch", 1, "--optimizer", "sgd", "--lr", "1e30", "--lr-scheduler", "fixed")
     flags += ("--max-nonfinite-updates", 2)
     (line,) = failure(toy_databin, tmp_path, *flags)
-    assert re.match("error: .* training diverges", line)
+    assert re.match("error: training diverges", line)
 
 
 @pytest.mark.slow
