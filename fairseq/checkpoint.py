@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fairseq.admin.omega import OmegaProfile
 from fairseq.admin.residual import OMEGA_TYPES, PROFILING
@@ -78,6 +79,18 @@ def model_config(args: dict[str, Any], parameters: dict[str, Tensor]) -> Transfo
     return cfg
 
 
+class _Undrawn(TorchFunctionMode):
+    """Random initial weights are not drawn: what is to be overwritten need not cost most of the time of building."""
+
+    _DRAWING = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, Tensor.uniform_, Tensor.normal_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def build_from_checkpoint(
     state: dict[str, Any], path: str | Path, overrides: dict[str, Any] | None = None
 ) -> Transformer:
@@ -88,7 +101,8 @@ def build_from_checkpoint(
         src_vocab = parameters["encoder.embed_tokens.weight"].size(0)
         tgt_vocab = parameters["decoder.embed_tokens.weight"].size(0)
         _check_size(cfg, parameters, path)
-        model = Transformer(cfg, src_vocab, tgt_vocab)
+        with _Undrawn():
+            model = Transformer(cfg, src_vocab, tgt_vocab)
     except KeyError as error:
         raise FairseqError(f"checkpoint {path}: no parameter {error}; is it a Transformer for translation?") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, IndexError, MemoryError) as error:

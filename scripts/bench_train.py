@@ -1,8 +1,9 @@
 """Measure training: python scripts/bench_train.py DATA-BIN [--arch ARCH ...] [--max-tokens N ...] [--baseline] ...
 
 Every row of the table is a process of its own that trains as fairseq-train would, on batches in memory: label smoothing
-0.1, Adam, dropout as the architecture says, tied embeddings. --baseline adds a plain loop over torch.nn.Transformer of
-the same shape, on the same data batched as fairseq batches it (sorted by target, then source length; multiples of 8).
+0.1, Adam, dropout as the architecture says, tied embeddings. The batches timed are taken at even distances from all of
+the split's, ordered by length. --baseline adds a plain loop over torch.nn.Transformer of the same shape, on the same
+data batched as fairseq batches it (sorted by source, then target length; multiples of 8).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq.data.batching import EpochBatchIterator, plan_batches
+from fairseq.data.batching import plan_batches, select_by_size, sort_by_length
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
@@ -46,6 +47,8 @@ COLUMNS = ("model", "tokens", "precision", "wps", "ms/step", "memory", "TFLOP/s"
 
 def main() -> None:
     args = _parse_args()
+    if "fp16" in args.precision and choose_device(args.cpu).type == "cpu":
+        raise FairseqError("--precision fp16 needs a GPU; on the CPU use float32 or bf16")
     rows: list[dict[str, Any]] = []
     _print_header(args)
     for arch in args.arch:
@@ -105,8 +108,7 @@ def _measure(args: Namespace, started: float, kind: str, arch: str, max_tokens: 
     train_args.fp16 = precision == "fp16"
     data = TranslationData.open(section(DataConfig, train_args))
     train_args.source_lang, train_args.target_lang = data.source_lang, data.target_lang
-    count = args.warmup + args.updates
-    batches = (_fairseq_batches if kind == "baseline" else _our_batches)(data, max_tokens, count, train_args)
+    batches = _batches(kind, data, train_args, (args.warmup, args.updates))
     step = (_plain_loop if kind == "baseline" else _trainer)(train_args, data, device)
     before = peak_memory(device)
     seconds, start_up = 0.0, 0.0
@@ -156,36 +158,23 @@ def _row(
     }
 
 
-def _our_batches(data: TranslationData, max_tokens: int, count: int, args: Namespace) -> list[Batch]:
-    itr = EpochBatchIterator(
-        lambda epoch: data.load("train", epoch),
-        max_tokens=max_tokens,
-        max_sentences=None,
-        required_batch_size_multiple=8,
-        max_positions=(args.max_source_positions, args.max_target_positions),
-        seed=1,
-    )
-    batches: list[Batch] = []
-    while len(batches) < count:
-        for update in itr.updates(1):
-            batches += [batch for batch in update if batch is not None]
-            if len(batches) == count:
-                break
-        itr.next_epoch()
-    return batches
-
-
-def _fairseq_batches(data: TranslationData, max_tokens: int, count: int, args: Namespace) -> list[Batch]:
+def _batches(kind: str, data: TranslationData, args: Namespace, counts: tuple[int, ...]) -> list[Batch]:
+    """``counts`` batches one after another, each time from the shortest sentences to the longest at even distances."""
     dataset, rng = data.load("train", 1), np.random.default_rng(1)
     assert dataset.tgt_sizes is not None
-    order = rng.permutation(len(dataset.src_sizes))
-    order = order[np.argsort(dataset.tgt_sizes[order], kind="stable")]
-    order = order[np.argsort(dataset.src_sizes[order], kind="stable")]
+    limits = args.max_source_positions, args.max_target_positions
+    order = select_by_size(dataset.src_sizes, dataset.tgt_sizes, limits, name=dataset.src.prefix, skip=True)
+    if kind == "baseline":
+        order = rng.permutation(order)
+        order = order[np.argsort(dataset.tgt_sizes[order], kind="stable")]
+        order = order[np.argsort(dataset.src_sizes[order], kind="stable")]
+    else:
+        order = sort_by_length(dataset.src_sizes, dataset.tgt_sizes, order, rng)
     plan = plan_batches(
-        dataset.src_sizes, dataset.tgt_sizes, order, max_tokens=max_tokens, required_batch_size_multiple=8
+        dataset.src_sizes, dataset.tgt_sizes, order, max_tokens=args.max_tokens, required_batch_size_multiple=8
     )
-    shuffled = rng.permutation(len(plan))
-    return [dataset.collate(plan[shuffled[i % len(plan)]]) for i in range(count)]
+    places = [(2 * i + 1) * len(plan) // (2 * count) for count in counts for i in range(count)]
+    return [dataset.collate(plan[place]) for place in places]
 
 
 def _trainer(args: Namespace, data: TranslationData, device: torch.device) -> Callable[[Batch], Any]:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.errors import FairseqError
+from fairseq.modules.dropout import Dropout
 from fairseq.registry import RESIDUAL_RULES
 
 Sublayer = Callable[[Tensor], Tensor]
@@ -62,7 +63,7 @@ class PostLN(nn.Module):
     def __init__(self, site: ResidualSite) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(site.dim)
-        self.dropout = nn.Dropout(site.dropout)
+        self.dropout = Dropout(site.dropout)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         """x: (batch, time, dim) -> same shape."""
@@ -77,7 +78,7 @@ class PreLN(nn.Module):
     def __init__(self, site: ResidualSite) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(site.dim)
-        self.dropout = nn.Dropout(site.dropout)
+        self.dropout = Dropout(site.dropout)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         """x: (batch, time, dim) -> same shape."""
@@ -96,7 +97,7 @@ class AdminResidual(nn.Module):
     def __init__(self, site: ResidualSite, omega: float = 1.0, trained: bool = True) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(site.dim)
-        self.dropout = nn.Dropout(site.dropout)
+        self.dropout = Dropout(site.dropout)
         vector = torch.full((site.dim,), omega)
         self.omega: Tensor
         if trained:
@@ -121,7 +122,7 @@ class ReZero(nn.Module):
         super().__init__()
         _refuse_normalize_before(site, "ReZero has no LayerNorm")
         self.alpha = _layer_alpha(site)
-        self.dropout = nn.Dropout(site.dropout)
+        self.dropout = Dropout(site.dropout)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         """x: (batch, time, dim) -> same shape."""
@@ -138,7 +139,7 @@ class ReZeroPostLN(nn.Module):
         _refuse_normalize_before(site, "its LayerNorm comes after the sum")
         self.alpha = _layer_alpha(site)
         self.norm = nn.LayerNorm(site.dim)
-        self.dropout = nn.Dropout(site.dropout)
+        self.dropout = Dropout(site.dropout)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         """x: (batch, time, dim) -> same shape."""
@@ -158,7 +159,7 @@ class LookLinear(nn.Module):
         _refuse_normalize_before(site, "it starts Post-LN")
         self.stack = site.stack
         self.norm = nn.LayerNorm(site.dim)
-        self.dropout = nn.Dropout(site.dropout)
+        self.dropout = Dropout(site.dropout)
 
     @torch.no_grad()
     def init_branch(self, branch: nn.Module) -> None:
@@ -199,7 +200,7 @@ class DeepNet(nn.Module):
         else:
             self.alpha, self.beta = (3 * m) ** (1 / 4), (12 * m) ** (-1 / 4)
         self.norm = nn.LayerNorm(site.dim)
-        self.dropout = nn.Dropout(site.dropout)
+        self.dropout = Dropout(site.dropout)
 
     def init_branch(self, branch: nn.Module) -> None:
         """Draw the branch's weights anew, Xavier-uniform."""
@@ -227,7 +228,7 @@ class SubLN(nn.Module):
         if site.stack == "encoder":
             self.gain *= math.sqrt(math.log(2 * site.encoder_layers) / 3)
         self.norm = nn.LayerNorm(site.dim)
-        self.dropout = nn.Dropout(site.dropout)
+        self.dropout = Dropout(site.dropout)
 
     def init_branch(self, branch: nn.Module) -> None:
         """Add the inner LayerNorm and draw the branch's weights anew, Xavier-uniform."""
@@ -257,7 +258,7 @@ class B2T(nn.Module):
         self.is_first = not site.siblings
         self.is_last = len(site.siblings) == site.sublayers - 1
         self.norm = nn.LayerNorm(site.dim)
-        self.dropout = nn.Dropout(site.dropout)
+        self.dropout = Dropout(site.dropout)
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor], sublayer: Sublayer) -> Tensor | tuple[Tensor, Tensor]:
         """x: (batch, time, dim) for the first sub-layer, else that twice; returns that twice but for the last."""

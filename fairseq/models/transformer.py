@@ -17,6 +17,7 @@ from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
 from fairseq.modules.attention import MultiheadAttention
 from fairseq.modules.decoder_cache import DecoderCache
+from fairseq.modules.dropout import Dropout
 from fairseq.modules.feed_forward import FeedForward
 from fairseq.modules.positional_embedding import PositionalEmbedding
 from fairseq.modules.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
@@ -88,7 +89,7 @@ class _Stack(nn.Module):
             else PositionalEmbedding(max_positions, dim, PADDING_IDX, learned)
         )
         self.layernorm_embedding = nn.LayerNorm(dim) if cfg.layernorm_embedding else None
-        self.embed_dropout = nn.Dropout(cfg.dropout)
+        self.embed_dropout = Dropout(cfg.dropout)
 
     def _finish(self) -> None:
         """Call when ``layers`` is there."""

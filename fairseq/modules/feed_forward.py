@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairseq.modules.dropout import Dropout
+
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
@@ -30,7 +32,7 @@ class FeedForward(nn.Module):
     def __init__(self, embed_dim: int, ffn_embed_dim: int, activation_fn: str, dropout: float) -> None:
         super().__init__()
         self.activation = ACTIVATION_FUNCTIONS[activation_fn]
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.fc1 = nn.Linear(embed_dim, ffn_embed_dim)
         self.fc2 = nn.Linear(ffn_embed_dim, embed_dim)
         self.inner_norm: nn.Module = nn.Identity()  # a residual rule may put a LayerNorm here

@@ -6,14 +6,14 @@ padding adds to them. The backward pass needs twice the forward pass's.
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from fairseq.models.config import TransformerConfig
 
-# Dense bfloat16 and float16 with float32 accumulation, in FLOP/s, from NVIDIA's data sheets; the first name that the
-# device's name contains
-PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    ("B200", 2250e12),
+# Dense float16 with float32 accumulation, and bfloat16 where there is that, in FLOP/s, from NVIDIA's data sheets
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (  # the first name that is a word of the device's
     ("GH200", 989e12),
     ("H200", 989e12),
     ("H100 NVL", 835e12),
@@ -21,20 +21,19 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("H100", 989e12),
     ("A100", 312e12),
     ("A40", 149.7e12),
-    ("A30", 165e12),
-    ("A10G", 70e12),
     ("A10", 125e12),
     ("L40S", 362e12),
     ("L40", 181e12),
     ("L4", 121e12),
-    ("V100", 125e12),
+    ("V100-SXM2", 125e12),
+    ("V100-PCIE", 112e12),
     ("T4", 65e12),
 )
 
 
 def peak_flops(device_name: str) -> float | None:
     """FLOP/s of a GPU's dense 16-bit matrix products, None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS if name in device_name), None)
+    return next((peak for name, peak in PEAK_FLOPS if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def forward_flops(cfg: TransformerConfig, vocab: int, sentences: int, src_tokens: int, tgt_tokens: int) -> float:

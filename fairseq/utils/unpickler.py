@@ -19,6 +19,8 @@ MOST_CLASSES = 1000
 MOST_INT_BYTES = 1024
 
 _MARK = object()
+_STOP = ord(".")
+_FORMS = {code: struct.Struct(code) for code in ("<B", "<H", "<i", "<I", "<Q", ">d")}
 
 
 class PickleError(Exception):
@@ -85,13 +87,18 @@ class Unpickler:
 
     def load(self) -> Any:
         """The pickle's object. Raises PickleError, or what a wrong operand leads to (TypeError, ValueError, ...)."""
-        for _ in range(MOST_OPCODES):
-            code = self.read(1)
-            if code == b".":
-                return self.pop()
-            if code not in _OPCODES:
-                raise PickleError(f"opcode {code!r}")
-            _OPCODES[code](self)
+        data, end, run = self.data, self.end, [_OPCODES.get(bytes([code])) for code in range(256)]
+        for _ in range(MOST_OPCODES):  # three million of 1,000 layers with Adam's state
+            position = self.position
+            if position >= end:
+                raise PickleError("cut short")
+            self.position = position + 1
+            opcode = run[data[position]]
+            if opcode is None:
+                if data[position] == _STOP:
+                    return self.pop()
+                raise PickleError(f"opcode {data[position : position + 1]!r}")
+            opcode(self)
         raise PickleError(f"more than {MOST_OPCODES:,} opcodes")
 
     def read(self, size: int) -> bytes:
@@ -102,7 +109,11 @@ class Unpickler:
         return bytes(self.data[start : self.position])
 
     def number(self, code: str) -> Any:
-        return struct.unpack(code, self.read(struct.calcsize(code)))[0]
+        form, start = _FORMS[code], self.position
+        if start + form.size > self.end:
+            raise PickleError("cut short")
+        self.position = start + form.size
+        return form.unpack_from(self.data, start)[0]
 
     def line(self) -> bytes:
         stop = self.data.find(b"\n", self.position)
@@ -135,7 +146,9 @@ class Unpickler:
         raise PickleError("no mark")
 
     def put(self, index: int) -> None:
-        self.memo[index] = self.top()
+        if not self.stack or self.stack[-1] is _MARK:
+            raise PickleError("an operand is missing")
+        self.memo[index] = self.stack[-1]
 
     def get(self, index: int) -> None:
         if index not in self.memo:
