@@ -76,7 +76,10 @@ def native(args: argparse.Namespace, one: Row, sources: list[Tensor], device: st
     """Load the models; returns what translates the first so many sentences and counts the tokens of the outputs."""
     if one["search"] == "reference":
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-        translate.beam_search = importlib.import_module("tests.reference_search").reference_search
+        reference_search = importlib.import_module("tests.reference_search").reference_search
+        translate.search_batches = lambda models, batches, cfg, **options: (
+            reference_search(models, batch.src_tokens, cfg, **options) for batch in batches
+        )
     precision = one["precision"]
     models, _ = load_ensemble(args.path.split(":"), device=device, fp16=precision == "fp16", bf16=precision == "bf16")
     cfg = GenerationConfig(beam=one["beam"])

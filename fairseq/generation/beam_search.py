@@ -3,7 +3,8 @@
 A step scores every continuation of every hypothesis, takes a sentence's best 2 * beam, finishes those among the best
 beam that end in ``</s>``, and goes on with the best beam of the rest. A sentence is done, and leaves the batch, with
 beam finished hypotheses or at its longest output. Rows are sentences x beam, a sentence's hypotheses adjacent, and
-sentences alone in the first step; a row that stands for nothing (samples that have ended) has the score -inf.
+sentences alone in the first step; a row that stands for nothing (samples that have ended) has the score -inf. The few
+sentences of a batch that go on for long wait, and are then gone on with together.
 
 What makes it fast: see docs/performance.md. Inside, scores are float32 logarithms to base 2, whatever the model
 computes in: exp2 costs half of exp on a CPU. Hypotheses are not kept; each step's choices are, and at the end the
@@ -12,8 +13,10 @@ outputs are read from them backwards.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,15 +24,17 @@ from torch import Tensor
 
 from fairseq.errors import FairseqError
 from fairseq.generation.constraints import EOS, NEVER, PAD, check_generation_config, constrain, output_lengths
-from fairseq.generation.history import History, Hypothesis
+from fairseq.generation.history import History, Hypothesis, Past
 from fairseq.generation.sampling import sample, sentence_noise
 from fairseq.models.transformer import Transformer
+from fairseq.modules.decoder_cache import DecoderCache
 from fairseq.options import GenerationConfig
 
 GROUP_SIZE = 16
 CHUNK = 2**23  # logits at a time on a CPU: a wide beam takes no more memory
 CHUNK_GPU = 2**28
 CHECK_EVERY = 4  # steps, on a GPU: that often the host waits for it, to drop the sentences that are done
+WAITING_SHARE = 8  # the last eighth of a batch's sentences wait
 LOG2_E = math.log2(math.e)
 
 
@@ -62,6 +67,13 @@ class _Ensemble:
         else:
             logits = model.decoder.output_projection(x).float().mul_(self.scale)
         return logits, -log2_sum_exp2(logits)
+
+    @staticmethod
+    def merge(ensembles: Sequence[_Ensemble]) -> _Ensemble:
+        merged = copy.copy(ensembles[0])
+        caches = zip(*(ensemble.caches for ensemble in ensembles), strict=True)
+        merged.caches = [DecoderCache.merge(of_model) for of_model in caches]
+        return merged
 
     def select(self, rows: Tensor | None, sentences: list[int] | None) -> None:
         for cache in self.caches:
@@ -131,32 +143,104 @@ def sampled_candidates(
     return scores + lprobs.gather(2, tokens[:, :, None]).squeeze(2), tokens, beams
 
 
+@dataclass
+class Sources:
+    """A batch to translate.
+
+    src_tokens: (sentences, src_len), padded on either side. ids: with the seed they set the random numbers of
+    ``--sampling`` (None: 0, 1, ...). prefix_tokens: (sentences, prefix_len), padded on the right, begins the outputs;
+    an ``</s>`` in it ends them.
+    """
+
+    src_tokens: Tensor
+    ids: Sequence[int] | None = None
+    prefix_tokens: Tensor | None = None
+
+
 class _Batch:
-    """The sentences still being translated. ``sentences``: their numbers in the batch as it was at first."""
+    """The sentences still being translated. ``sentences``: their numbers. ``step``: of the sentence that has most."""
 
     def __init__(
         self,
         models: Sequence[Transformer],
-        src_tokens: Tensor,
+        sources: Sources,
         cfg: GenerationConfig,
-        prefix_tokens: Tensor | None,
+        sentences: list[int],
+        seed: int,
         need_attn: bool,
     ) -> None:
+        src_tokens = sources.src_tokens
         self.cfg = cfg
         self.device = src_tokens.device
-        self.prefix_tokens = prefix_tokens
-        self.noise: Tensor | None = None
+        self.prefix_tokens = sources.prefix_tokens
         src_lengths = src_tokens.ne(PAD).sum(1).tolist()
         limit = min(model.cfg.max_target_positions for model in models) - 1
         shortest, longest = output_lengths(cfg, src_lengths, limit)
-        self.sentences = list(range(len(src_lengths)))
-        self.steps = max(longest, default=-1) + 1
+        self.sentences = sentences
+        self.step, self.steps = 0, max(longest, default=-1) + 1
         self.no_end_before, self.no_limit_before = max(shortest, default=0), min(longest, default=0)
         self.shortest, self.longest = self.index(shortest), self.index(longest)
         self.counts = torch.zeros_like(self.longest)  # finished hypotheses
         self.ensemble = _Ensemble(models, src_tokens, cfg, need_attn)
-        self.tokens = torch.full((len(self.sentences), 1), EOS, device=self.device)  # the last, or with n-grams all
-        self.scores = torch.zeros(len(self.sentences), 1, device=self.device)
+        self.tokens = torch.full((len(sentences), 1), EOS, device=self.device)  # the last, or with n-grams all
+        self.scores = torch.zeros(len(sentences), 1, device=self.device)
+        self.noise: Tensor | None = None
+        if cfg.sampling:
+            ids = range(len(sentences)) if sources.ids is None else sources.ids
+            self.noise = sentence_noise(seed, ids, self.steps, cfg.beam).to(self.device)
+        self.past: Past | None = None  # after ``run``, where sentences are left
+        self.history = History(cfg, src_tokens.eq(PAD).cpu() if need_attn else None)
+        self.can_wait = not (cfg.sampling or cfg.no_repeat_ngram_size or need_attn)  # what has more state does not
+        self.src_len = src_tokens.size(1)
+
+    @staticmethod
+    def merge(batches: Sequence[_Batch]) -> _Batch:
+        """Of all their sentences, which go on where they were; steps are counted as by the one that has most."""
+        merged = copy.copy(batches[0])
+        merged.step = max(batch.step for batch in batches)
+        behind = [merged.step - batch.step for batch in batches]
+        pairs = list(zip(batches, behind, strict=True))
+        merged.steps = max(batch.steps + b for batch, b in pairs)
+        merged.no_end_before = max(batch.no_end_before + b for batch, b in pairs)
+        merged.no_limit_before = min(batch.no_limit_before + b for batch, b in pairs)
+        merged.shortest = torch.cat([batch.shortest + b for batch, b in pairs])
+        merged.longest = torch.cat([batch.longest + b for batch, b in pairs])
+        merged.counts, merged.tokens, merged.scores = (
+            torch.cat([getattr(batch, name) for batch in batches]) for name in ("counts", "tokens", "scores")
+        )
+        merged.sentences = [sentence for batch in batches for sentence in batch.sentences]
+        merged.ensemble = _Ensemble.merge([batch.ensemble for batch in batches])
+        merged.history = History(
+            merged.cfg, past=Past.merge([batch.past for batch in batches if batch.past is not None])
+        )
+        merged.prefix_tokens = None
+        merged.src_len = max(batch.src_len for batch in batches)
+        return merged
+
+    def run(self, until: int) -> list[tuple[int, Hypothesis]]:
+        """Go on until at most so many sentences are left, where they ``can_wait``; returns what has ended."""
+        every = check_interval(self.device)
+        prefix_len = 0 if self.prefix_tokens is None else self.prefix_tokens.size(1)
+        while self.sentences and self.step < self.steps:
+            if self.can_wait and self.step >= max(prefix_len, 1) and len(self.sentences) <= until:
+                break
+            scores, tokens, rows, attn = self.candidates(self.step)
+            choice = _choose(scores, tokens, rows, self.counts, self.cfg.beam)
+            self.history.end(self.sentences, choice.ends, scores[:, : self.cfg.beam], rows[:, : self.cfg.beam], attn)
+            keep = None
+            if self.step % every == every - 1:
+                # at its longest output a sentence has no live row: </s> was forced
+                done = (self.counts >= self.cfg.beam) | ~choice.scores.isfinite().any(1)
+                keep = _fill_holes(done.tolist())
+            self.step += 1
+            if keep == []:
+                self.sentences = []
+                break
+            self.history.go_on(*self.go_on(keep, choice.scores, choice.tokens, choice.rows))
+        if self.step >= self.steps:
+            self.sentences = []
+        ended, self.past = self.history.hypotheses(len(self.sentences) * self.cfg.beam)
+        return ended
 
     def index(self, values: list[int]) -> Tensor:
         """One-dimensional, on the device, which the host does not wait for."""
@@ -259,7 +343,84 @@ def _choose(scores: Tensor, tokens: Tensor, rows: Tensor, counts: Tensor, beam: 
     return _Choice(ends, other_scores, tokens.gather(1, others), rows.gather(1, others))
 
 
-@torch.inference_mode()
+class _Search:
+    """Batches one after the other. When few sentences of one are left, they wait for those of the next ones; together
+    they take no more room than the largest batch so far.
+    """
+
+    def __init__(self, models: Sequence[Transformer], cfg: GenerationConfig, seed: int, need_attn: bool) -> None:
+        check_generation_config(cfg, models[0].decoder.output_projection.out_features)
+        self.models, self.cfg, self.seed, self.need_attn = models, cfg, seed, need_attn
+        self.unfinished: deque[tuple[range, Sources]] = deque()
+        self.results: dict[int, list[Hypothesis]] = {}  # of the unfinished batches' sentences
+        self.waiting: list[_Batch] = []
+        self.count = 0  # sentences so far
+        self.most_sentences = self.most_tokens = 0  # in a batch
+
+    @torch.inference_mode()
+    def add(self, sources: Sources) -> None:
+        """Translate another batch, except what waits."""
+        size = sources.src_tokens.size(0)
+        numbers = range(self.count, self.count + size)
+        self.count += size
+        self.results.update((i, []) for i in numbers)
+        self.unfinished.append((numbers, sources))
+        self.most_sentences = max(self.most_sentences, size)
+        self.most_tokens = max(self.most_tokens, sources.src_tokens.numel())
+        batch = _Batch(self.models, sources, self.cfg, list(numbers), self.seed, self.need_attn)
+        self._run(batch, size // WAITING_SHARE)
+        waiting = sum(len(batch.sentences) for batch in self.waiting)
+        src_len = max((batch.src_len for batch in self.waiting), default=1)
+        room = min(self.most_sentences, self.most_tokens // max(src_len, 1))
+        if waiting > room - room // WAITING_SHARE:
+            self.resume(waiting // WAITING_SHARE)
+
+    @torch.inference_mode()
+    def resume(self, until: int = 0) -> None:
+        """Go on with those that wait, until at most so many are left."""
+        if self.waiting:
+            batch = _Batch.merge(self.waiting) if len(self.waiting) > 1 else self.waiting[0]
+            self.waiting = []
+            self._run(batch, until)
+
+    def _run(self, batch: _Batch, until: int) -> None:
+        for sentence, hypothesis in batch.run(until):
+            self.results[sentence].append(hypothesis)
+        if batch.sentences:
+            self.waiting.append(_Batch.merge([batch]))  # a copy of what is needed of it
+
+    def finished(self) -> Iterator[list[list[Hypothesis]]]:
+        """Of each batch that is finished after all before it, once."""
+        going_on = [number for batch in self.waiting for number in batch.sentences]
+        while self.unfinished and not any(number in self.unfinished[0][0] for number in going_on):
+            numbers, sources = self.unfinished.popleft()
+            found = [sorted(self.results.pop(i), key=lambda h: h.score, reverse=True) for i in numbers]
+            if [] in found:
+                number = found.index([])
+                raise FairseqError(
+                    f"sentence {number if sources.ids is None else sources.ids[number]} has no translation: the "
+                    "model's output is not finite (in fp16, try bf16 or float32), or the constraints leave no token"
+                )
+            yield found
+
+
+def search_batches(
+    models: Sequence[Transformer],
+    batches: Iterable[Sources],
+    cfg: GenerationConfig,
+    *,
+    seed: int = 1,
+    need_attn: bool = False,
+) -> Iterator[list[list[Hypothesis]]]:
+    """What ``beam_search`` finds in each batch, in order, but faster: several are read before the first is yielded."""
+    search = _Search(models, cfg, seed, need_attn)
+    for sources in batches:
+        search.add(sources)
+        yield from search.finished()
+    search.resume()
+    yield from search.finished()
+
+
 def beam_search(
     models: Sequence[Transformer],
     src_tokens: Tensor,
@@ -272,36 +433,10 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """Translate a batch; of each sentence its finished hypotheses, best first, at most ``cfg.beam``.
 
-    models: one, or an ensemble with the same dictionaries; in eval mode. src_tokens: (sentences, src_len), padded on
-    either side. ids: with ``seed`` they set the random numbers of ``--sampling`` (default: 0, 1, ...).
-    prefix_tokens: (sentences, prefix_len), padded on the right, begins the outputs; an ``</s>`` in it ends them.
-    Raises FairseqError for settings out of range, and when a sentence has no hypothesis since the models' output is not
-    finite or the rules leave no token.
+    models: one, or an ensemble with the same dictionaries; in eval mode. src_tokens, ids, prefix_tokens: as
+    ``Sources``'; seed: of ``--sampling``. Raises FairseqError for settings out of range, and when a sentence has no
+    hypothesis since the models' output is not finite or the rules leave no token.
     """
-    check_generation_config(cfg, models[0].decoder.output_projection.out_features)
-    beam = cfg.beam
-    batch = _Batch(models, src_tokens, cfg, prefix_tokens, need_attn)
-    if cfg.sampling:
-        noise = sentence_noise(seed, batch.sentences if ids is None else ids, batch.steps, beam)
-        batch.noise = noise.to(src_tokens.device)
-    history = History(src_tokens, cfg)
-    every = check_interval(src_tokens.device)
-    for step in range(batch.steps):
-        scores, tokens, rows, attn = batch.candidates(step)
-        choice = _choose(scores, tokens, rows, batch.counts, beam)
-        history.end(batch.sentences, choice.ends, scores[:, :beam], rows[:, :beam], attn)
-        keep = None
-        if step % every == every - 1:
-            # at its longest output a sentence has no live row: </s> was forced
-            done = (batch.counts >= beam) | ~choice.scores.isfinite().any(1)
-            keep = _fill_holes(done.tolist())
-            if keep == []:
-                break
-        history.go_on(*batch.go_on(keep, choice.scores, choice.tokens, choice.rows))
-    hypotheses = history.hypotheses()
-    if [] in hypotheses:
-        raise FairseqError(
-            f"sentence {(ids or range(len(hypotheses)))[hypotheses.index([])]} has no translation: the model's "
-            "output is not finite (in fp16, try bf16 or float32), or the constraints leave no token"
-        )
-    return hypotheses
+    sources = Sources(src_tokens, ids, prefix_tokens)
+    [found] = search_batches(models, [sources], cfg, seed=seed, need_attn=need_attn)
+    return found

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.generation.constraints import EOS, PAD
+from fairseq.generation.constraints import EOS
 from fairseq.options import GenerationConfig
 
 
@@ -28,12 +29,40 @@ class Hypothesis:
     attention: Tensor | None = None
 
 
+@dataclass
+class Past:
+    """What rows have behind them: tokens and sums of scores, each (rows, steps), ending in the last step.
+
+    first: of each row, the step of its first token.
+    """
+
+    tokens: np.ndarray
+    sums: np.ndarray
+    first: np.ndarray
+
+    @staticmethod
+    def merge(pasts: Sequence[Past]) -> Past:
+        """Of all their rows, with their last steps aligned."""
+        steps = max(past.tokens.shape[1] for past in pasts)
+
+        def align(x: np.ndarray) -> np.ndarray:
+            return np.pad(x, ((0, 0), (steps - x.shape[1], 0)))
+
+        return Past(
+            np.concatenate([align(past.tokens) for past in pasts]),
+            np.concatenate([align(past.sums) for past in pasts]),
+            np.concatenate([past.first + steps - past.tokens.shape[1] for past in pasts]),
+        )
+
+
 class History:
     """Of a batch. Tensors stay on their device until the outputs are wanted. Scores are logarithms to base 2."""
 
-    def __init__(self, src_tokens: Tensor, cfg: GenerationConfig) -> None:
-        self.src_tokens = src_tokens
+    def __init__(self, cfg: GenerationConfig, padding: Tensor | None = None, past: Past | None = None) -> None:
+        """padding: bool (sentences, src_len), for attention alone. past: what the first step's rows go on from."""
         self.cfg = cfg
+        self.padding = padding
+        self.past = past
         self._ended: list[tuple[list[int], Tensor, Tensor, Tensor]] = []
         self._went_on: list[tuple[Tensor, Tensor, Tensor]] = []
         self._attention: list[Tensor] = []
@@ -41,8 +70,8 @@ class History:
     def end(self, sentences: list[int], ends: Tensor, scores: Tensor, rows: Tensor, attn: Tensor | None) -> None:
         """First of each step: hypotheses that end, where ``ends`` is True.
 
-        sentences: the batch's, by their numbers in the first; ends, scores, rows: (sentences, beam), rows being those
-        of the model's batch that they end. attn: (rows, src_len), the step's attention, or None.
+        sentences: their numbers; ends, scores, rows: (sentences, beam), rows being those of the model's batch that they
+        end. attn: (rows, src_len), the step's attention, or None.
         """
         self._ended.append((sentences, ends, scores, rows))
         if attn is not None:
@@ -52,20 +81,23 @@ class History:
         """Then: with what the next step's rows go on, each (sentences, beam); rows as in ``end``."""
         self._went_on.append((scores, tokens, rows))
 
-    def hypotheses(self) -> list[list[Hypothesis]]:
-        """Of each sentence of the first batch, best first."""
+    def hypotheses(self, live: int = 0) -> tuple[list[tuple[int, Hypothesis]], Past]:
+        """All that ended, in their order, each with its sentence's number; and what lies behind ``live`` rows, which
+        are those of the step to come.
+        """
         ended = [(n, e.cpu().numpy(), s.cpu().numpy(), r.cpu().numpy()) for n, e, s, r in self._ended]
         places = [ends.nonzero() for _, ends, _, _ in ended]
-        lengths = np.repeat(np.arange(1, len(ended) + 1), [len(columns) for _, columns in places])[::-1]
-        total = len(lengths)
-        tokens = np.full((total, len(ended)), EOS)
-        sums = np.zeros((total, len(ended)), np.float32)
+        steps = len(ended)
+        ends_at = np.repeat(np.arange(1, steps + 1), [len(columns) for _, columns in places])[::-1]
+        total = live + len(ends_at)
+        tokens = np.full((total, steps), EOS)
+        sums = np.zeros((total, steps), np.float32)
         attention = [x.cpu().float() for x in self._attention]
-        attn = torch.zeros(total, self.src_tokens.size(1), len(ended)) if attention else None
+        attn = torch.zeros(total, attention[0].size(1), steps) if attention else None
         owners: list[int] = []
-        rows: np.ndarray = np.zeros(0, np.int64)
+        rows: np.ndarray = np.arange(live)
         # Backwards, hypotheses in the order in which they are met; a step's in reverse.
-        for step in reversed(range(len(ended))):
+        for step in reversed(range(steps)):
             count = len(rows)
             if count:
                 scores, words, before = (x.flatten().cpu().numpy() for x in self._went_on[step])
@@ -74,20 +106,27 @@ class History:
             (sentences, _, scores, before), (i, j) = ended[step], places[step]
             i, j = i[::-1], j[::-1]
             owners += [sentences[k] for k in i]
-            sums[count : len(owners), step] = scores[i, j]
+            sums[count : live + len(owners), step] = scores[i, j]
             rows = np.concatenate([rows, before[i, j]])
             if attn is not None:
                 attn[: len(rows), :, step] = attention[step][torch.from_numpy(rows)]
-        results: list[list[Hypothesis]] = [[] for _ in range(self.src_tokens.size(0))]
-        padding = self.src_tokens.eq(PAD).cpu()
-        positional = torch.from_numpy(np.diff(sums, prepend=np.float32(0)) * np.float32(math.log(2)))
-        for k in reversed(range(total)):
-            length = int(lengths[k])
-            score = float(sums[k, length - 1]) * math.log(2)
+        first = np.zeros(total, np.int64)
+        if self.past is not None:
+            tokens = np.concatenate([self.past.tokens[rows], tokens], axis=1)
+            sums = np.concatenate([self.past.sums[rows], sums], axis=1)
+            first = self.past.first[rows]
+            ends_at = ends_at + self.past.tokens.shape[1]
+        past = Past(tokens[:live], sums[:live], first[:live])
+        positional = torch.from_numpy(np.diff(sums[live:], prepend=np.float32(0)) * np.float32(math.log(2)))
+        results = []
+        for k in reversed(range(len(owners))):
+            start, end = int(first[live + k]), int(ends_at[k])
+            score = float(sums[live + k, end - 1]) * math.log(2)
             if not self.cfg.unnormalized:
-                score /= length**self.cfg.lenpen
-            found = None if attn is None else attn[k, ~padding[owners[k]], :length]
-            results[owners[k]].append(
-                Hypothesis(torch.from_numpy(tokens[k, :length]), score, positional[k, :length], found)
-            )
-        return [sorted(hypotheses, key=lambda h: h.score, reverse=True) for hypotheses in results]
+                score /= (end - start) ** self.cfg.lenpen
+            found = None
+            if attn is not None and self.padding is not None:
+                found = attn[live + k, ~self.padding[owners[k]], :end]
+            ids = torch.from_numpy(tokens[live + k, start:end])
+            results.append((owners[k], Hypothesis(ids, score, positional[k, start:end], found)))
+        return results, past

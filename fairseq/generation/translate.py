@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,7 +16,7 @@ from fairseq.checkpoint import build_from_checkpoint, check_dictionaries, check_
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
-from fairseq.generation.beam_search import beam_search
+from fairseq.generation.beam_search import Sources, search_batches
 from fairseq.generation.constraints import EOS, PAD
 from fairseq.generation.history import Hypothesis
 from fairseq.generation.score_reference import score_reference
@@ -98,40 +99,6 @@ def needs_attention(cfg: GenerationConfig) -> bool:
     return cfg.print_alignment or cfg.replace_unk is not None
 
 
-def translate_batch(
-    models: Sequence[Transformer],
-    batch: Batch,
-    cfg: GenerationConfig,
-    seed: int = 1,
-    references: ReferenceConfig = NO_REFERENCES,
-) -> list[Translation]:
-    """Translate one batch of a ``LanguagePairDataset`` on the models' device; results in the batch's order.
-
-    references: how its target takes part. Raises FairseqError when it does and there is none, and as ``beam_search``.
-    """
-    device = next(models[0].parameters()).device
-    src_tokens, ids = batch["net_input"]["src_tokens"], batch["id"].tolist()
-    sources = [without_padding(row) for row in src_tokens]
-    targets = None if batch["target"] is None else [without_padding(row) for row in batch["target"]]
-    if targets is None and (references.score_reference or references.prefix_size):
-        wanted = "--score-reference" if references.score_reference else "--prefix-size"
-        raise FairseqError(f"{wanted} needs references, and there are none here")
-    src_tokens = src_tokens.to(device, non_blocking=True)
-    if references.score_reference and targets is not None:
-        hypotheses = score_reference(models, src_tokens, targets, needs_attention(cfg))
-    else:
-        prefix = None
-        if references.prefix_size and targets is not None:
-            prefix = pad_rows([target[: references.prefix_size] for target in targets]).to(device)
-        hypotheses = beam_search(
-            models, src_tokens, cfg, ids=ids, prefix_tokens=prefix, seed=seed, need_attn=needs_attention(cfg)
-        )
-    return [
-        Translation(ids[i], sources[i], None if targets is None else targets[i], hypotheses[i][: cfg.nbest])
-        for i in range(len(ids))
-    ]
-
-
 def translate_dataset(
     models: Sequence[Transformer],
     batches: Iterable[Batch],
@@ -139,9 +106,39 @@ def translate_dataset(
     seed: int = 1,
     references: ReferenceConfig = NO_REFERENCES,
 ) -> Iterator[Translation]:
-    """Translate batches one after the other; yields every sentence once, in the order of the batches."""
-    for batch in batches:
-        yield from translate_batch(models, batch, cfg, seed, references)
+    """Translate batches of a ``LanguagePairDataset`` on the models' device; yields every sentence once, in the order of
+    the batches. Several batches may be read before the first is yielded.
+
+    references: how the batches' targets take part. Raises FairseqError when they do and there are none, and as
+    ``beam_search``.
+    """
+    device = next(models[0].parameters()).device
+    waiting: deque[tuple[list[int], list[Tensor], list[Tensor] | None]] = deque()
+
+    def read() -> Iterator[tuple[Sources, list[Tensor]]]:
+        for batch in batches:
+            src_tokens, ids = batch["net_input"]["src_tokens"], batch["id"].tolist()
+            targets = None if batch["target"] is None else [without_padding(row) for row in batch["target"]]
+            if targets is None and (references.score_reference or references.prefix_size):
+                wanted = "--score-reference" if references.score_reference else "--prefix-size"
+                raise FairseqError(f"{wanted} needs references, and there are none here")
+            waiting.append((ids, [without_padding(row) for row in src_tokens], targets))
+            prefix = None
+            if references.prefix_size and targets is not None:
+                prefix = pad_rows([target[: references.prefix_size] for target in targets]).to(device)
+            yield Sources(src_tokens.to(device, non_blocking=True), ids, prefix), targets or []
+
+    need_attn = needs_attention(cfg)
+    found: Iterator[list[list[Hypothesis]]]
+    if references.score_reference:
+        found = (score_reference(models, part.src_tokens, targets, need_attn) for part, targets in read())
+    else:
+        found = search_batches(models, (part for part, _ in read()), cfg, seed=seed, need_attn=need_attn)
+    for hypotheses in found:
+        ids, sources, targets = waiting.popleft()
+        for i, number in enumerate(ids):
+            target = None if targets is None else targets[i]
+            yield Translation(number, sources[i], target, hypotheses[i][: cfg.nbest])
 
 
 def translate_ids(
@@ -168,15 +165,29 @@ def translate_ids(
         for i, source in enumerate(sentences)
         if len(source) <= 1
     }
-    waiting = sorted((i for i in range(len(sentences)) if i not in results), key=lambda i: len(sentences[i]))
+    order = sorted((i for i in range(len(sentences)) if i not in results), key=lambda i: len(sentences[i]))
+    batches = _batches(order, sentences, numbers, max_tokens, batch_size, left_pad_source)
+    results |= dict(zip(order, translate_dataset(models, batches, cfg, seed), strict=True))
+    return [results[i] for i in range(len(sentences))]
+
+
+def _batches(
+    order: list[int],
+    sentences: Sequence[Tensor],
+    numbers: Sequence[int],
+    max_tokens: int | None,
+    batch_size: int | None,
+    left_pad_source: bool,
+) -> Iterator[Batch]:
+    """Of ``sentences``, in this order, by ascending length; the rest as ``translate_ids``'."""
     budget = DEFAULT_MAX_TOKENS if max_tokens is None and batch_size is None else max_tokens
-    while waiting:
-        most, size = min(batch_size or len(waiting), len(waiting)), 1
-        while size < most and (budget is None or len(sentences[waiting[size]]) * (size + 1) <= budget):
+    while order:
+        most, size = min(batch_size or len(order), len(order)), 1
+        while size < most and (budget is None or len(sentences[order[size]]) * (size + 1) <= budget):
             size += 1
-        chosen, waiting = waiting[:size], waiting[size:]
+        chosen, order = order[:size], order[size:]
         src_tokens = pad_rows([sentences[i] for i in chosen], left_pad_source)
-        batch: Batch = {
+        yield {
             "id": torch.tensor([numbers[i] for i in chosen]),
             "nsentences": len(chosen),
             "ntokens": sum(len(sentences[i]) for i in chosen),
@@ -187,8 +198,6 @@ def translate_ids(
             },
             "target": None,
         }
-        results |= dict(zip(chosen, translate_batch(models, batch, cfg, seed), strict=True))
-    return [results[i] for i in range(len(sentences))]
 
 
 def open_models_and_data(args: Namespace, device: str | torch.device) -> tuple[list[Transformer], TranslationData]:

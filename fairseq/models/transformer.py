@@ -184,7 +184,7 @@ class TransformerDecoder(_Stack):
         (rows, dim), whose ``output_projection`` are the logits, and, with ``need_attn``, the last layer's attention
         over the source averaged over heads, (rows, src_len).
         """
-        positions = None if self.embed_positions is None else self.embed_positions.at(cache.length)
+        positions = None if self.embed_positions is None else self.embed_positions.at(cache.positions(len(tokens)))
         x = self.embed(tokens[:, None], positions)
         attn: list[Tensor] = []
         for i, layer in enumerate(self._layers()):

@@ -2,11 +2,13 @@
 
 Those of the encoder's output are kept once a sentence: its hypotheses attend to them as successive positions of one
 query. Those of the tokens so far are kept a hypothesis, in room for more tokens than there are yet, so that most steps
-only write their own; when hypotheses change places, the copy that moves them also makes room.
+only write their own; when hypotheses change places, the copy that moves them also makes room. Caches of different
+lengths merge with their ends aligned: a sentence that is behind has unused slots before its first token.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -17,13 +19,14 @@ from torch import Tensor
 from fairseq.modules.attention import MultiheadAttention
 
 BLOCK, SMALLEST_ROOM = 8, 16  # tokens; products with fewer than 16 keys leave the fast batched kernel of the CPU
+_NOTHING = torch.empty(0)
 
 
 class DecoderCache:
     """Keys and values of a decoding batch, the hypotheses of a sentence adjacent, as many for every sentence.
 
-    ``length`` is the number of tokens so far. The number of hypotheses a sentence is that of the tokens of a step, and
-    ``select`` changes it.
+    ``length`` is the number of slots in use: of tokens so far, of the sentence that has most. The number of hypotheses
+    a sentence is that of the tokens of a step, and ``select`` changes it.
     """
 
     def __init__(self, encoder_attns: Sequence[MultiheadAttention], encoder_x: Tensor, encoder_mask: Tensor) -> None:
@@ -35,11 +38,11 @@ class DecoderCache:
         self.encoder_mask, self.encoder_bias = encoder_mask, bias
         projected = [attn.project_kv(encoder_x) for attn in encoder_attns]
         self.encoder_kv = [(keys.contiguous(), values.contiguous()) for keys, values in projected]
-        self.self_kv: list[tuple[Tensor, Tensor] | None] = [None] * len(
-            self.encoder_kv
-        )  # (rows, heads, room, head_dim)
+        # (rows, heads, room, head_dim)
+        self.self_kv: list[tuple[Tensor, Tensor] | None] = [None] * len(self.encoder_kv)
+        self.unused: Tensor | None = None  # (sentences,): slots before the first token; None: none
         self._rows: Tensor | None = None  # what this step's rows were in the last; None: the same
-        self._bias: Tensor | None = None  # (room,), -inf where there is no token yet
+        self._bias: Tensor | None = None  # (room,) or (rows, 1, 1, room), -inf where there is no token
 
     def self_attention(self, layer: int, attn: MultiheadAttention, x: Tensor) -> Tensor:
         """x: (rows, 1, dim), what one step's tokens attend with -> same shape. Their keys and values are kept."""
@@ -52,10 +55,24 @@ class DecoderCache:
         values[:, :, self.length] = value.squeeze(2)
         self.self_kv[layer] = keys, values
         if self._bias is None:
-            self._bias = keys.new_full((keys.size(2),), -math.inf)
-            self._bias[: self.length + 1] = 0
+            self._bias = self._self_bias(keys)
         context = attend(query, keys, values, self._bias)
         return attn.out_proj(attn.inner_norm(context.view_as(x)))
+
+    def _self_bias(self, keys: Tensor) -> Tensor:
+        bias = keys.new_full((keys.size(2),), -math.inf)
+        bias[: self.length + 1] = 0
+        if self.unused is None:
+            return bias
+        empty = torch.arange(keys.size(2), device=keys.device) < self.unused[:, None]
+        by_sentence = bias.masked_fill(empty, -math.inf)
+        return by_sentence.repeat_interleave(keys.size(0) // len(by_sentence), dim=0)[:, None, None]
+
+    def positions(self, rows: int) -> int | Tensor:
+        """How many tokens each of a step's rows has so far: where sentences differ, (rows, 1)."""
+        if self.unused is None:
+            return self.length
+        return (self.length - self.unused).repeat_interleave(rows // len(self.unused))[:, None]
 
     def _move(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's keys and values, each row where it belongs now, with room for one more token."""
@@ -110,6 +127,43 @@ class DecoderCache:
 
         self.encoder_kv = [(keep(keys), keep(values)) for keys, values in self.encoder_kv]
         self.encoder_mask, self.encoder_bias = keep(self.encoder_mask), keep(self.encoder_bias)
+        self.unused = None if self.unused is None else keep(self.unused)
+
+    @staticmethod
+    def merge(caches: Sequence[DecoderCache]) -> DecoderCache:
+        """Several caches, of the same layers and number of hypotheses a sentence, as one; sentences in their order.
+
+        Each has attended at least once. They are emptied, lest memory be held twice.
+        """
+        merged = copy.copy(caches[0])
+        merged.length = max(cache.length for cache in caches)
+        src_len = max(cache.encoder_mask.size(3) for cache in caches)
+        behind = [merged.length - cache.length for cache in caches]
+        unused = [
+            b + (c.encoder_mask.new_zeros(c.encoder_mask.size(0), dtype=torch.int64) if c.unused is None else c.unused)
+            for b, c in zip(behind, caches, strict=True)
+        ]
+        merged.unused = torch.cat(unused)
+        merged.encoder_mask = torch.cat([F.pad(c.encoder_mask, (0, src_len - c.encoder_mask.size(3))) for c in caches])
+        merged.encoder_bias = torch.cat(
+            [F.pad(c.encoder_bias, (0, src_len - c.encoder_bias.size(3)), value=-math.inf) for c in caches]
+        )
+        merged.encoder_kv, merged.self_kv = [], []
+        for i in range(len(caches[0].encoder_kv)):
+            sources = [[F.pad(x, (0, 0, 0, src_len - x.size(2))) for x in cache.encoder_kv[i]] for cache in caches]
+            moved = [cache._move(i, cache.encoder_kv[i][0]) for cache in caches]
+            tokens = [
+                [F.pad(x[:, :, : cache.length], (0, 0, b, 0)) for x in pair]
+                for cache, pair, b in zip(caches, moved, behind, strict=True)
+            ]
+            for cache in caches:
+                cache.encoder_kv[i], cache.self_kv[i] = (_NOTHING, _NOTHING), None
+            keys, values = zip(*sources, strict=True)
+            merged.encoder_kv.append((torch.cat(keys), torch.cat(values)))
+            keys, values = zip(*tokens, strict=True)
+            merged.self_kv.append((torch.cat(keys), torch.cat(values)))
+        merged._rows = merged._bias = None
+        return merged
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:

@@ -45,6 +45,6 @@ class PositionalEmbedding(nn.Module):
         """tokens: (batch, time) -> (batch, time, dim)."""
         return nn.functional.embedding(make_positions(tokens, self.padding_idx), self.weight, self.padding_idx)
 
-    def at(self, step: int) -> Tensor:
-        """The embedding of the token after ``step`` others: (dim,)."""
+    def at(self, step: int | Tensor) -> Tensor:
+        """The embedding of the token after ``step`` others: (dim,), or step's shape and dim."""
         return self.weight[self.padding_idx + 1 + step]
