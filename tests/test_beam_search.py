@@ -14,7 +14,7 @@ from fairseq import admin
 from fairseq.checkpoint import load_model
 from fairseq.data.indexed_dataset import IndexedDataset
 from fairseq.errors import FairseqError
-from fairseq.generation.beam_search import beam_search, best_candidates, log2_sum_exp2
+from fairseq.generation.beam_search import Sources, beam_search, best_candidates, log2_sum_exp2, search_batches
 from fairseq.generation.history import Hypothesis
 from fairseq.generation.sampling import sample, sentence_noise, truncate
 from fairseq.generation.score_reference import score_reference
@@ -431,6 +431,44 @@ def test_neither_pieces_nor_rare_checks_change_the_result(monkeypatch, check_eve
     rows = sources(6, lengths=(5, 3, 7, 1, 4, 2, 2, 6))
     for cfg in (BASE, replace(BASE, max_len_a=1.5, max_len_b=2), replace(BASE, sampling=True, beam=3)):
         compare([toy_model()], rows, cfg, need_attn=True)
+
+
+@pytest.mark.parametrize("share", [1, 2, 4])
+@pytest.mark.parametrize("sizes", [(5, 4, 4), (1, 8, 3, 1), (13,)], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"beam": 1}, {"max_len_a": 2.0, "max_len_b": 3, "min_len": 5}], ids=str)
+def test_sentences_that_wait_for_those_of_other_batches(monkeypatch, share, sizes, settings):
+    """Of batches of unlike length and ensembles; with a share of 1 all wait after the first step, or the prefix."""
+    monkeypatch.setattr(search, "WAITING_SHARE", share)
+    models, rows = [toy_model(1), toy_model(2)], sources(8, LENGTHS)
+    cfg = GenerationConfig(**({"max_len_b": 12} | settings))
+    batches, start = [], 0
+    for size in sizes:
+        prefixes = torch.tensor([[4, 5 + i] for i in range(size)]) if start == sizes[0] else None
+        batches.append(Sources(batch_of(rows[start : start + size]), None, prefixes))
+        start += size
+    found = list(search_batches(models, iter(batches), cfg))
+    assert [len(hypotheses) for hypotheses in found] == list(sizes)
+    for batch, hypotheses in zip(batches, found, strict=True):
+        expected = reference_search(models, batch.src_tokens, cfg, prefix_tokens=batch.prefix_tokens)
+        for a, b in zip(hypotheses, expected, strict=True):
+            assert_same(a, [(h.tokens.tolist(), h.score, h.positional_scores.tolist()) for h in b])
+
+
+@pytest.mark.parametrize(("share", "together"), [(4, 8), (2, 4)])
+def test_waiting_sentences_take_no_more_room_than_a_batch(monkeypatch, share, together):
+    monkeypatch.setattr(search, "WAITING_SHARE", share)
+    counts: list[int] = []
+    candidates = search._Batch.candidates
+
+    def count(self: search._Batch, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        counts.append(len(self.sentences))
+        return candidates(self, step)
+
+    monkeypatch.setattr(search._Batch, "candidates", count)
+    rows = sources(9, lengths=(4,) * 24)
+    batches = [Sources(batch_of(rows[i : i + together])) for i in range(0, len(rows), together)]
+    assert sum(map(len, search_batches([toy_model()], batches, BASE))) == len(rows)
+    assert max(counts) == together
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ GROUP_SIZE = 16
 CHUNK = 2**23  # logits at a time on a CPU: a wide beam takes no more memory
 CHUNK_GPU = 2**28
 CHECK_EVERY = 4  # steps, on a GPU: that often the host waits for it, to drop the sentences that are done
-WAITING_SHARE = 8  # the last eighth of a batch's sentences wait
+WAITING_SHARE = 4  # the last quarter of a batch's sentences wait
 LOG2_E = math.log2(math.e)
 
 
@@ -345,7 +345,7 @@ def _choose(scores: Tensor, tokens: Tensor, rows: Tensor, counts: Tensor, beam: 
 
 class _Search:
     """Batches one after the other. When few sentences of one are left, they wait for those of the next ones; together
-    they take no more room than the largest batch so far.
+    they take about the room of the largest batch so far at most.
     """
 
     def __init__(self, models: Sequence[Transformer], cfg: GenerationConfig, seed: int, need_attn: bool) -> None:
