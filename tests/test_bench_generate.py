@@ -29,6 +29,3 @@ def test_table_of_a_real_model(shared, tmp_path):
         ("fairseq", 1), ("reference", 1), ("fairseq", 3), ("reference", 3),
     ]  # fmt: skip
     assert all(row["sentences/s"] > 0 and row["peak MiB"] > 50 and row["model"] == model.stem for row in rows)
-    for native, reference in (rows[:2], rows[2:]):  # the same sentences, so the same tokens in their time
-        tokens = [row["tokens/s"] / row["sentences/s"] for row in (native, reference)]
-        assert tokens[0] == pytest.approx(tokens[1], rel=0.02)
