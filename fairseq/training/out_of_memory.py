@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -54,11 +54,11 @@ def smallest_batch(batch: Batch) -> Batch:
 
 
 @contextlib.contextmanager
-def out_of_memory_ends(batch: Batch, doing: str, advice: str) -> Iterator[None]:
-    """Within, running out of memory on ``batch`` becomes a FairseqError."""
+def out_of_memory_ends(batches: Sequence[Batch], doing: str, advice: str) -> Iterator[None]:
+    """Within, running out of memory becomes a FairseqError that names the last of ``batches``, as they are by then."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise FairseqError(f"out of memory: {doing}, on {describe_batch(batch)}; {advice}") from error
+        raise FairseqError(f"out of memory: {doing}, on {describe_batch(batches[-1])}; {advice}") from error

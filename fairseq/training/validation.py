@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -18,7 +18,7 @@ from fairseq.errors import FairseqError
 from fairseq.generation.constraints import check_generation_config
 from fairseq.generation.output import TextFormat
 from fairseq.generation.scoring import Scorer
-from fairseq.generation.translate import translate_batch
+from fairseq.generation.translate import translate_dataset
 from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
 from fairseq.training.checkpoint_manager import CheckpointManager
@@ -108,7 +108,7 @@ class Validator:
             if self.interrupted():
                 sums[-1] = 1  # tells the other processes
                 break
-            with out_of_memory_ends(batch, f"validating on '{name}'", "lower --max-tokens-valid"):
+            with out_of_memory_ends([batch], f"validating on '{name}'", "lower --max-tokens-valid"):
                 losses = batch_losses(self.model, self.criterion, batch, self.args, self.world.device)
             sums[:-1] += batch_sums(batch, *losses)
         *totals_, interrupted = self.world.sum(sums).tolist()
@@ -129,17 +129,24 @@ class Validator:
 
     def _bleu(self, name: str) -> float:
         pairs: list[tuple[str, str]] = []
-        with autocast(self.world.device, self.args.fp16, self.args.bf16):
+        last: list[Batch] = []  # that was read
+
+        def read() -> Iterator[Batch]:
             for batch in self._read(name):
-                with out_of_memory_ends(batch, f"--eval-bleu on '{name}'", "lower --max-tokens-valid"):
-                    translations = translate_batch([self.model], batch, self._generation, self.args.seed)
-                for translation in translations:
-                    best = self._text.hypothesis(translation.hypotheses[0], self._text.words(translation.src_tokens))
-                    assert translation.target is not None
-                    reference = self._text.target(translation.target)
-                    pairs.append((reference, self._text.decode(best)))
+                last[:] = [batch]
+                yield batch
+
+        with (
+            autocast(self.world.device, self.args.fp16, self.args.bf16),
+            out_of_memory_ends(last, f"--eval-bleu on '{name}'", "lower --max-tokens-valid"),
+        ):
+            for translation in translate_dataset([self.model], read(), self._generation, self.args.seed):
                 if self.interrupted():
                     break
+                best = self._text.hypothesis(translation.hypotheses[0], self._text.words(translation.src_tokens))
+                assert translation.target is not None
+                reference = self._text.target(translation.target)
+                pairs.append((reference, self._text.decode(best)))
         if self.args.eval_bleu_print_samples and pairs and self.world.is_master:
             print(f"example hypothesis: {pairs[0][1]}\nexample reference: {pairs[0][0]}", flush=True)
         parts: list[Any] = [None if self.interrupted() else pairs]
