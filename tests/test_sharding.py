@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fairseq.errors import FairseqError
-from fairseq.training.distributed import _free_port
 from fairseq.training.sharding import gather, local, scatter_optimizer_state, shard, whole_parameters
 from tests.test_activations import backward, deep_model
 from tests.training_runs import SGD, assert_fails, assert_same, command_line, files, last, train, updates
@@ -67,10 +66,10 @@ def test_adafactor_is_refused(toy_databin, tmp_path, capsys):
     assert_fails(capsys, 2, "--optimizer adafactor needs whole matrices", *argv)
 
 
-def _in_each(rank: int, port: int, directory: Path) -> None:
+def _in_each(rank: int, directory: Path) -> None:
     """What one of two processes sees; written where the test reads it."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"file://{directory}/meeting", rank=rank, world_size=2)
     try:
         whole, model = deep_model("rezero"), deep_model("rezero")
         names = [name for name, _ in whole.named_parameters()]
@@ -128,7 +127,7 @@ def test_a_torch_that_adds_gradients_up_is_refused(monkeypatch):
 @pytest.mark.slow
 def test_in_each_process(tmp_path):
     """Gradients and their norm, computing with the whole, states gathered and divided again, and the memory held."""
-    mp.spawn(_in_each, (_free_port(), tmp_path), nprocs=2)
+    mp.spawn(_in_each, (tmp_path,), nprocs=2)
     (first, whole), (second, _) = (torch.load(tmp_path / str(rank)) for rank in range(2))
     assert first + second == whole
     assert max(first, second) < 0.52 * whole
