@@ -131,8 +131,9 @@ class TrainingRun:
         require_finite(self.trainer.named_optimizer_state(), f"checkpoint {path}")
         if not self.args.reset_lr_scheduler:
             self.trainer.num_updates = int(history["num_updates"])
-            self.trainer.skipped = int(history.get("skipped_updates", 0))
-            self.trainer.nonfinite_in_a_row = int(history.get("nonfinite_in_a_row", 0))
+            extra = state.get("extra_state") or {}
+            self.trainer.skipped = int(extra.get("skipped_updates", 0))
+            self.trainer.nonfinite_in_a_row = int(extra.get("nonfinite_in_a_row", 0))
 
     def train(self) -> None:
         """Epochs until a limit is reached. Raises FairseqError when training diverges or a file cannot be written.
@@ -295,8 +296,6 @@ class TrainingRun:
                     "optimizer_name": args.optimizer,
                     "lr_scheduler_state": {"best": self.checkpoints.best},
                     "num_updates": trainer.num_updates,
-                    "skipped_updates": trainer.skipped,
-                    "nonfinite_in_a_row": trainer.nonfinite_in_a_row,
                 }
             ],
             "extra_state": {
@@ -304,6 +303,8 @@ class TrainingRun:
                 "val_loss": value,
                 "best": self.checkpoints.best,
                 "bad_validations": self.bad_validations,
+                "skipped_updates": trainer.skipped,
+                "nonfinite_in_a_row": trainer.nonfinite_in_a_row,
                 "interval_stats": self.interval_stats.state_dict(),
                 "epoch_stats": self.epoch_stats.state_dict(),
                 "train_wall": self.train_wall,
