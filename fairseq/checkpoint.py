@@ -69,8 +69,6 @@ def _settings(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
 def model_config(args: dict[str, Any], parameters: dict[str, Tensor]) -> TransformerConfig:
     """The Transformer's settings as a checkpoint gives them. args: flat settings; parameters: with our names."""
     cfg = from_namespace(TransformerConfig, {k: v for k, v in args.items() if v is not None})
-    if args.get("adaptive_softmax_cutoff"):
-        raise FairseqError("the checkpoint uses adaptive softmax, which is not supported")
     has_omega = any(name.endswith("_residual.omega") for name in parameters)
     if has_omega and cfg.init_type in ("default", PROFILING):
         cfg.init_type = "adaptive"
@@ -95,6 +93,8 @@ def build_from_checkpoint(
     state: dict[str, Any], path: str | Path, overrides: dict[str, Any] | None = None
 ) -> Transformer:
     """A model with the parameters of ``load_checkpoint(path)``'s result, in float32 on the CPU, in eval mode."""
+    if state["args"].get("adaptive_softmax_cutoff"):
+        raise FairseqError(f"checkpoint {path}: uses adaptive softmax, which is not supported")
     try:
         parameters = {name: tensor.float() for name, tensor in from_fairseq(state["model"]).items()}
         cfg = model_config(state["args"] | (overrides or {}), parameters)

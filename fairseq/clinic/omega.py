@@ -42,7 +42,7 @@ def read_omega(path: str | Path) -> dict[str, StackOmega]:
         with open(path, "rb") as handle:
             is_checkpoint = handle.read(2).startswith(_FIRST_BYTES)
     except OSError as error:
-        raise FairseqError(f"{path}: {error.strerror}") from error
+        raise FairseqError(f"{path}: cannot read: {error.strerror}") from error
     if not is_checkpoint:
         profile = admin.OmegaProfile.load(path)
         return {"encoder": StackOmega(profile.encoder), "decoder": StackOmega(profile.decoder)}

@@ -63,7 +63,7 @@ def load_results(directory: str | Path) -> dict[str, dict[str, Any]]:
                 raise KeyError
             found[path.stem] = content
         except OSError as error:
-            raise FairseqError(f"{path}: {error.strerror}") from error
+            raise FairseqError(f"{path}: cannot read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, RecursionError):
             raise FairseqError(f"{path}: not a result of fairseq-clinic; move it out of {directory}") from None
     if not found:

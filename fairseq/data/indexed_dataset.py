@@ -94,7 +94,9 @@ class IndexedDataset:
         if magic != MAGIC:
             raise FairseqError(f"{index_path}: not fairseq's mmap format; make it with --dataset-impl mmap")
         if version != VERSION or code not in DTYPES:
-            raise FairseqError(f"{index_path}: unknown format version {version} or dtype code {code}")
+            raise FairseqError(
+                f"{index_path}: unknown format version {version} or dtype code {code}; make the data-bin again"
+            )
         if len(index) != HEADER.size + 12 * count:
             raise FairseqError(
                 f"{index_path}: {len(index)} bytes do not fit {count} sentences; make the data-bin again"

@@ -227,7 +227,7 @@ def _what_is_there(data_dir: str | os.PathLike[str], src: str, tgt: str) -> str:
     pairs = _language_pairs(data_dir)
     if not pairs & {(src, tgt), (tgt, src)}:
         return f"its language pairs: {', '.join(sorted('-'.join(p) for p in pairs)) or 'none'}"
-    names = [path.name for path in Path(data_dir).glob("*.idx")]
+    names = [path.name for path in Path(data_dir).glob("*.idx") if path.with_suffix(".bin").is_file()]
     ends = tuple(f".{pair}.{src}.idx" for pair in (f"{src}-{tgt}", f"{tgt}-{src}"))
     splits = sorted(name[: -len(ends[0])] for name in names if name.endswith(ends))
     return f"its splits: {', '.join(splits) or 'none'}"
