@@ -219,13 +219,16 @@ CASES = {
     "--warmup-updates": [f"{RUN} --lr-scheduler polynomial_decay --max-update 5"],
     "--end-learning-rate": [f"{RUN} --lr-scheduler polynomial_decay --max-update 9 --end-learning-rate=-1"],
     "--t-mult": [f"{RUN} --lr-scheduler cosine --lr-period-updates 10 --t-mult 0.5"],
-    "the loss or its": [
-        f"{RUN} --optimizer sgd --lr 1e30 --lr-scheduler fixed --warmup-updates 0 --max-epoch 5 --no-save"
+    "training diverges": [
+        f"{RUN} --max-epoch 20 --disable-validation --no-save --lr 1e30 --lr-scheduler fixed",
+    ],
+    "*: * is not finite": [
+        f"{RUN} --finetune-from-model nan.pt --encoder-layers 2 --decoder-layers 2 --decoder-learned-pos"
     ],
     "--tensorboard-logdir": [f"without tensorboard: {RUN} --tensorboard-logdir out"],
     "--wandb-project needs": [f"without wandb: {RUN} --wandb-project name"],
     # several processes
-    "process * cannot meet": [f"{RUN} --distributed-world-size 2 --distributed-port PORT"],
+    "--distributed-port": [f"{RUN} --distributed-world-size 2 --distributed-port PORT"],
     # fairseq-generate, fairseq-interactive, fairseq-validate
     "--path FILE is missing": ["generate bin", "validate bin", "interactive bin"],
     "--path: fairseq-validate": ["validate bin --path toy.pt:toy.pt --cpu"],
@@ -354,15 +357,19 @@ CASES = {
 # What cannot be caused here by a command line, quickly -> why, and the test that causes it if there is one
 UNCAUSED = {
     "a worker process died": "needs a killed process",
-    "a reading process died": "needs a killed process",
+    "a reading process died": "needs a killed process; tests/test_batching.py",
     "checkpoint *: no permission": "root may read everything",
     "the fp16 loss scale": "needs a GPU; tests/test_precision.py",
     "--wandb-project *": "needs a network",
+    "out of memory: *, on": "needs a machine without memory; tests/test_divergence.py",
+    "*out of memory*, and": "needs a machine without memory; tests/test_divergence.py",
+    "*out of memory*, the": "needs a machine without memory; tests/test_divergence.py",
+    "process * cannot meet": "needs several machines",
     "process * has no GPU": "needs a GPU",
     "--distributed-world-size": "needs a GPU",
     "process * of * was ended": "needs a killed process; tests/test_distributed.py",
-    "process * of * ended with": "needs a process that crashes; tests/test_distributed.py",
-    "process * of * has lost": "needs a process that crashes; tests/test_distributed.py",
+    "process * of * ended with": "needs a process that crashes",
+    "process * of * has lost": "needs a process that crashes",
     "--ddp-backend": "needs an older torch; tests/test_sharding.py",
     "the exported model": "needs a faulty export; tests/test_export.py",
     "*: the stream": "the residual rule would stay registered; tests/test_clinic_dependency.py",
@@ -452,6 +459,9 @@ def _write_databins(root: Path) -> None:
 def _write_checkpoints(root: Path) -> None:
     toy = toy_model()
     write_toy_checkpoint(toy, root / "toy.pt")
+    diverged = toy_model()
+    diverged.encoder.layers[1].feed_forward.fc1.bias.data[3] = float("nan")
+    write_toy_checkpoint(diverged, root / "nan.pt")
     (root / "cut.pt").write_bytes((root / "toy.pt").read_bytes()[:5000])
     torch.save(torch.ones(3), root / "tensor.pt")
     state: dict[str, Any] = torch.load(root / "toy.pt", weights_only=False)
