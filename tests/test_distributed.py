@@ -18,6 +18,7 @@ from tests.training_runs import (
     EPOCH,
     assert_fails,
     assert_same,
+    assert_same_to_rounding,
     command_line,
     files,
     last,
@@ -71,6 +72,17 @@ def test_several_processes_are_one_with_a_larger_update_freq(toy_databin, tmp_pa
         assert values[0] == pytest.approx(values[1], abs=2e-2 if key == "valid_ppl" else 1.1e-3)
     assert last(tmp_path)["extra_state"]["best"] == pytest.approx(last(directory)["extra_state"]["best"], abs=1e-5)
     assert files(tmp_path) == files(directory)
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_go_on_with_it(toy_databin, tmp_path, one_process):
+    """Two, one, two: from the middle of an epoch each, the same batches in the same updates."""
+    directory, expected = one_process
+    for flags in ((*TWO, "--max-update", 3), ("--update-freq", 2, "--max-update", 6), (*TWO, "--max-epoch", 2)):
+        lines = train(toy_databin, tmp_path, *flags)
+    assert_near(expected, logged(tmp_path))
+    assert max(updates(lines)) == 8
+    assert_same_to_rounding(directory, tmp_path)
 
 
 @pytest.mark.slow
