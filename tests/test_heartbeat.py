@@ -15,7 +15,17 @@ import pytest
 import torch.distributed as dist
 
 from fairseq.training.heartbeat import LOST_STATUS, Heartbeat
-from tests.training_runs import ROOT, assert_same, assert_same_to_rounding, command_line, last, logged, start, train, updates
+from tests.training_runs import (
+    ROOT,
+    assert_same,
+    assert_same_to_rounding,
+    command_line,
+    last,
+    logged,
+    start,
+    train,
+    updates,
+)
 
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2", "--standalone", "--max-restarts=1", "-m")
 TIMEOUT = 0.6
