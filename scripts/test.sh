@@ -5,4 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 echo "== ruff check";  ruff check .
 echo "== ruff format"; ruff format --check .
 echo "== mypy";        mypy
-echo "== pytest";      python -m pytest "$@"
+# tiny tensors: a process of one thread on each of two cores
+echo "== pytest";      OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile "$@"
