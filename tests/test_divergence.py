@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -447,7 +448,12 @@ def test_validation_without_memory_ends(toy_databin, tmp_path, capsys, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(validation, "batch_losses", fail)
         assert_fails(capsys, 1, "out of memory: validating on 'valid', on a batch of 30 sentences", *argv)
-    monkeypatch.setattr(validation, "translate_batch", fail)
+
+    def fail_after_reading(_: Any, batches: Iterator[Any], *rest: Any) -> None:
+        next(batches)
+        fail()
+
+    monkeypatch.setattr(validation, "translate_dataset", fail_after_reading)
     assert_fails(capsys, 1, "--eval-bleu on 'valid', on a batch of 30", *argv, "--eval-bleu")
 
 

@@ -224,19 +224,23 @@ def test_ensemble_and_repeated_sampling(toy, run, tmp_path):
     assert run(*sampling, "--seed", 3) != run(*sampling, "--seed", 4)
 
 
-def test_languages_from_flags_checkpoint_or_databin(toy, run, tmp_path):
+def test_languages_from_flags_checkpoint_or_databin(toy, run, tmp_path, capsys):
     databin, path = toy
     arguments = ("--path", path, "--max-len-b", 5)
     expected = run(databin, *arguments)
     assert run(databin, *arguments, "-s", "xx", "-t", "yy") == expected
-    swapped = parse(run(databin, *arguments, "-s", "yy", "-t", "xx"))
-    assert swapped["S"] == {i: [[t[0][0].replace("<<unk>>", "<unk>")]] for i, t in parse(expected)["T"].items()}
+    with pytest.raises(SystemExit):
+        run(databin, *arguments, "-s", "yy", "-t", "xx")
+    assert "swap --source-lang and --target-lang" in capsys.readouterr().err
     model = toy_model()
     write_toy_checkpoint(model, tmp_path / "nolang.pt")
     state = torch.load(tmp_path / "nolang.pt", weights_only=False)
     state["args"].source_lang = state["args"].target_lang = None
     torch.save(state, tmp_path / "nolang.pt")
-    assert run(databin, "--path", tmp_path / "nolang.pt", "--max-len-b", 5) == expected
+    arguments = ("--path", tmp_path / "nolang.pt", "--max-len-b", 5)
+    assert run(databin, *arguments) == expected
+    swapped = parse(run(databin, *arguments, "-s", "yy", "-t", "xx"))
+    assert swapped["S"] == {i: [[t[0][0].replace("<<unk>>", "<unk>")]] for i, t in parse(expected)["T"].items()}
 
 
 def test_no_target_side(run, tmp_path):

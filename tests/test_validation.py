@@ -29,7 +29,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path, list[dict[str, Any]]]:
     databin = write_databin(tmp_path_factory.mktemp("data") / "bin", 100, seed=1, words=3)
     directory = tmp_path_factory.mktemp("run")
     flags = ("--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_b": 15}', "--eval-tokenized-bleu")
-    lines = train(databin, directory, "--max-epoch", 6, "--lr", 0.02, "--batch-size-valid", 7, *flags)
+    lines = train(databin, directory, "--max-epoch", 12, "--lr", 0.02, "--batch-size-valid", 7, *flags)
     return databin, directory, lines
 
 

@@ -148,14 +148,17 @@ class Heartbeat:
 
     def _silent(self, seconds: float) -> str:
         """A line if a process, or the store, has not been heard of for so long."""
-        now, beats = time.monotonic(), self._beats
-        silent = [rank for rank, moved in enumerate(self._moved) if now - moved > seconds and not beats[rank][1]]
-        if not silent:
+        if not self._beats:
             return ""
-        if self._rank in silent:  # this process's own beat comes back if the store answers at all
+        beats, moved = self._beats, self._moved
+        heard = moved[self._rank]  # its own beat comes back whenever the store answers
+        if time.monotonic() - heard > seconds:
             what = f"process 0 on {beats[0][3]}, its machine or the network to it is gone"
             where = f"no answer for {seconds:g} s from {self._where}, where the processes meet"
             return f"{where}: {what}{self._advice(self._updates)}"
+        silent = [rank for rank in range(self._size) if heard - moved[rank] > seconds and not beats[rank][1]]
+        if not silent:
+            return ""
         _, _, updates, host = beats[silent[0]]
         return self._line(silent[0], f"has given no sign of life for {seconds:g} s", host, updates)
 
