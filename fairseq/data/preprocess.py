@@ -18,7 +18,7 @@ from fairseq.data.binarizer import NumberedText, binarize, count_lines
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import UNFINISHED
 from fairseq.errors import FairseqError
-from fairseq.utils.io import fsync_directory, locked_directory, refuse_bom, temporary_directory
+from fairseq.utils.io import fsync_path, locked_directory, refuse_bom, temporary_directory
 
 if TYPE_CHECKING:
     from fairseq.options import PreprocessConfig
@@ -177,7 +177,7 @@ def _publish(source: Path, destdir: Path) -> None:
     """Put finished files into place: all at once if there is no data-bin yet."""
     if not destdir.exists():
         os.rename(source, destdir)
-        fsync_directory(destdir.parent)
+        fsync_path(destdir.parent)
         return
     with locked_directory(destdir):
         os.rename(source, destdir / UNFINISHED)
@@ -201,5 +201,5 @@ def _move_files(destdir: Path) -> None:
         return
     for path in sorted(unfinished.iterdir(), key=lambda path: (path.suffix == ".idx", path.name)):
         os.replace(path, destdir / path.name)
-    fsync_directory(destdir)
+    fsync_path(destdir)
     unfinished.rmdir()

@@ -16,8 +16,8 @@ from typing import IO, Any
 from fairseq.errors import FairseqError
 
 
-def fsync_directory(path: str | os.PathLike[str]) -> None:
-    """Make renames in directory ``path`` durable."""
+def fsync_path(path: str | os.PathLike[str]) -> None:
+    """Make a file's content, or the renames in a directory, durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -54,7 +54,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
             os.fsync(fd)
             os.replace(temporary, path)
             temporary = None
-        fsync_directory(path.parent)
+        fsync_path(path.parent)
     except OSError as error:
         raise FairseqError(f"{path}: cannot write: {error.strerror or error}") from error
     finally:
@@ -70,25 +70,19 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises FairseqError when it cannot be made, and when ``path`` is there already and no empty directory.
     """
     path = Path(path)
-    temporary = None
     try:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise FairseqError(f"{path}: is there already; name another directory, or remove it")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        for made in (temporary, *temporary.rglob("*")):  # some of which only their owner reads
-            os.chmod(made, (0o777 if made.is_dir() else 0o666) & ~umask)
-        os.replace(temporary, path)
-        temporary = None
-        fsync_directory(path.parent)
+        with temporary_directory(path.parent, f"{path.name}.") as temporary:
+            yield temporary
+            for made in temporary.rglob("*"):  # some of which only their owner reads
+                os.chmod(made, (0o777 if made.is_dir() else 0o666) & ~_umask())
+                fsync_path(made)
+            os.replace(temporary, path)
+        fsync_path(path.parent)
     except OSError as error:
         raise FairseqError(f"{path}: cannot write: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def atomic_copy(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
@@ -107,7 +101,7 @@ def atomic_copy(source: str | os.PathLike[str], path: str | os.PathLike[str]) ->
                 copy.flush()
                 os.fsync(copy.fileno())
         os.replace(temporary, path)
-        fsync_directory(path.parent)
+        fsync_path(path.parent)
     except OSError as error:
         raise FairseqError(f"{path}: cannot write: {error.strerror or error}") from error
     finally:
