@@ -22,11 +22,12 @@ class Terminal:
     """The command in a pseudo-terminal."""
 
     def __init__(self, arguments: list[str], **environment: str) -> None:
+        settings = {"TERM": "xterm", "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "fairseq.cli.interactive", *arguments]
+        variables = os.environ | settings | environment
         self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            settings = {"TERM": "xterm", "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "fairseq.cli.interactive", *arguments]
-            os.execve(sys.executable, command, os.environ | settings | environment)
+        if self.pid == 0:  # as little as possible between fork and exec: the parent has threads
+            os.execve(command[0], command, variables)
         self.screen = ""
 
     def read(self, until: str | None) -> str:
