@@ -28,10 +28,15 @@ from fairseq.errors import FairseqError
 
 logger = logging.getLogger(__name__)
 
-IDS_SHOWN = 10  # sentence ids named in a warning
+IDS_SHOWN = 10  # sentence ids named in a message
 LONGEST_SORTED = 2**12 - 1  # longer sentences are sorted as if they were this long
 SORT_BLOCK = 2**16
 DATA_STATS = ("data_wait", "tokens", "positions")  # see EpochBatchIterator.take_stats
+
+
+def shown_ids(ids: Sequence[int] | np.ndarray) -> str:
+    """Sentence ids for a message, the first few of many."""
+    return ", ".join(map(str, ids[:IDS_SHOWN])) + (", ..." if len(ids) > IDS_SHOWN else "")
 
 
 def select_by_size(
@@ -66,8 +71,7 @@ def select_by_size(
         )
     if len(dropped) == len(fits):
         raise FairseqError(f"{name}: every sentence is longer than {limits}")
-    shown = ", ".join(map(str, dropped[:IDS_SHOWN])) + (", ..." if len(dropped) > IDS_SHOWN else "")
-    logger.warning(f"{name}: {len(dropped):,} sentences longer than {limits} are left out: {shown}")
+    logger.warning(f"{name}: {len(dropped):,} sentences longer than {limits} are left out: {shown_ids(dropped)}")
     return np.flatnonzero(fits).astype(index_type)
 
 

@@ -35,7 +35,6 @@ from fairseq.training.signals import STOP_SIGNALS, STOP_STATUSES, exit_status
 
 # What gloo says when a process has gone; NCCL does not return, its process is ended with the others
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-_INTERRUPTED = 130
 # A forward pass, which may run out of memory, waits for no other process; buffers are constants. (The name: torch 2.13)
 _DDP_FLAGS = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters
 _NO_BUFFERS: dict[str, Any] = {
@@ -177,7 +176,7 @@ def _start_processes(main: Callable[[Namespace, World], None], args: Namespace, 
         if received or stops:
             raise SystemExit(exit_status(received[0]) if received else stops[0]) from None
         for rank, process in enumerate(processes.processes):
-            if process.exitcode == _INTERRUPTED:
+            if process.exitcode == exit_status(signal.SIGINT):
                 raise KeyboardInterrupt from None
             if process.exitcode < 0 and process not in ended:
                 name = signal.Signals(-process.exitcode).name
@@ -251,7 +250,7 @@ def _worker(
     except FairseqError as error:
         errors.put(str(error))
     except KeyboardInterrupt:
-        status = _INTERRUPTED
+        status = exit_status(signal.SIGINT)
     except SystemExit as stop:
         status = int(stop.code or 0)
     except Exception as error:

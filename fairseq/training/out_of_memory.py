@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fairseq.data.batching import shown_ids
 from fairseq.data.translation import Batch
 from fairseq.errors import FairseqError
 from fairseq.models.transformer import PADDING_IDX
 
-IDS_SHOWN = 10  # sentence ids named in a message
 # What else says so: the CPU's allocator, the CUDA runtime without torch's allocator, cuBLAS
 _SAID_BY_OTHERS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -27,9 +27,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def describe_batch(batch: Batch) -> str:
     """Sentences, their lengths in tokens with padding, and their numbers in the dataset, from 0."""
     inputs, ids = batch["net_input"], batch["id"].tolist()
-    shown = ", ".join(map(str, ids[:IDS_SHOWN])) + (", ..." if len(ids) > IDS_SHOWN else "")
     source, target = inputs["src_tokens"].size(1), inputs["prev_output_tokens"].size(1)
-    return f"a batch of {len(ids)} sentences of up to {source} source and {target} target tokens (sentences {shown})"
+    lengths = f"up to {source} source and {target} target tokens"
+    return f"a batch of {len(ids)} sentences of {lengths} (sentences {shown_ids(ids)})"
 
 
 def smallest_batch(batch: Batch) -> Batch:
