@@ -27,6 +27,7 @@ from fairseq.options import (
     ClinicDataConfig,
     ClinicDepthConfig,
     DataConfig,
+    Sections,
     check_result_name,
     make_parser,
     parse_clinic_args,
@@ -41,7 +42,7 @@ CHECKPOINTS = ((ClinicCheckpointConfig, "checkpoints"),)
 DEPTHS = ((ClinicDepthConfig, "depth"),)
 
 
-def _parse(name: str, sections: tuple[tuple[type, str], ...], argv: list[str]) -> Namespace:
+def _parse(name: str, sections: Sections, argv: list[str]) -> Namespace:
     args = parse_clinic_args(f"fairseq-clinic {name}", COMMANDS[name][1], sections, argv)
     check_out_dir(args.out_dir)
     args.name = args.name or name

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fairseq.cli import command
 from fairseq.export import FORMATS
-from fairseq.options import ExportConfig, make_parser, parse_args, section
+from fairseq.options import ExportConfig, Sections, make_parser, parse_args, section
 
-SECTIONS: tuple[tuple[type, str], ...] = ((ExportConfig, "export"),)
+SECTIONS: Sections = ((ExportConfig, "export"),)
 
 
 @command

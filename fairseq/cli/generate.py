@@ -28,7 +28,15 @@ from fairseq.generation.translate import (
     open_models_and_data,
     translate_dataset,
 )
-from fairseq.options import GENERATE_SECTIONS, GenerationConfig, ReferenceConfig, make_parser, parse_args, section
+from fairseq.options import (
+    GENERATE_SECTIONS,
+    GenerationConfig,
+    ReferenceConfig,
+    Sections,
+    make_parser,
+    parse_args,
+    section,
+)
 from fairseq.training.distributed import choose_device
 from fairseq.training.logging import choose_log_format
 from fairseq.utils.io import atomic_write
@@ -38,9 +46,7 @@ from fairseq.utils.progress import batch_progress
 logger = logging.getLogger(__name__)
 
 
-def parse_generation_args(
-    prog: str, description: str, sections: tuple[tuple[type, str], ...], argv: list[str] | None
-) -> Namespace:
+def parse_generation_args(prog: str, description: str, sections: Sections, argv: list[str] | None) -> Namespace:
     """Parse a command that translates. Exits with status 2 on flags that are out of range or contradict each other."""
     args = parse_args(prog, description, sections, argv)
     try:

@@ -53,6 +53,12 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def same_flag(config: type, name: str) -> Any:
+    """The flag that field ``name`` of dataclass ``config`` declares, as a field of another dataclass."""
+    field = next(field for field in dataclasses.fields(config) if field.name == name)
+    return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
 def _parse_bool(text: str) -> bool:
     if text.lower() in ("true", "yes", "1"):
         return True

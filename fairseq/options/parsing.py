@@ -1,0 +1,218 @@
+"""The flags of each command, its parser, and the checks that need more than one flag."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fairseq import __version__
+from fairseq.options.clinic import ClinicDepthConfig
+from fairseq.options.common import CommonConfig, LogConfig
+from fairseq.options.data import DataConfig, SubsetConfig
+from fairseq.options.generation import (
+    BackendConfig,
+    GenerateDataConfig,
+    GenerationConfig,
+    InteractiveConfig,
+    ReferenceConfig,
+    ServeConfig,
+    TextConfig,
+)
+from fairseq.options.model import ComponentConfig, ModelPathConfig
+from fairseq.options.training import (
+    LAST,
+    CheckpointConfig,
+    DistributedConfig,
+    MemoryConfig,
+    OptimizationConfig,
+    TrainDataConfig,
+    TrainLogConfig,
+    ValidationConfig,
+)
+from fairseq.registry import CRITERIONS, LR_SCHEDULERS, OPTIMIZERS, Registry, import_user_dir
+from fairseq.utils.flags import add_flags, from_namespace
+
+Sections: TypeAlias = tuple[tuple[type, str], ...]  # dataclasses, each with the title of its group in --help
+
+COMPONENTS: tuple[tuple[str, Registry[Any], str], ...] = (
+    ("criterion", CRITERIONS, "criterion"),
+    ("optimizer", OPTIMIZERS, "optimiser"),
+    ("lr_scheduler", LR_SCHEDULERS, "learning-rate schedule"),
+)
+
+TRAIN_SECTIONS: Sections = (
+    (DataConfig, "data and batches"),
+    (SubsetConfig, "reading"),
+    (TrainDataConfig, "training data"),
+    (ValidationConfig, "validation"),
+    (ComponentConfig, "model, criterion, optimiser"),
+    (OptimizationConfig, "optimisation"),
+    (CheckpointConfig, "checkpoints"),
+    (DistributedConfig, "several processes"),
+    (MemoryConfig, "memory"),
+    (CommonConfig, "common"),
+    (LogConfig, "progress"),
+    (TrainLogConfig, "logs and loss scaling"),
+)
+
+GENERATE_SECTIONS: Sections = (
+    (DataConfig, "data and batches"),
+    (SubsetConfig, "reading"),
+    (ModelPathConfig, "model"),
+    (BackendConfig, "backend"),
+    (GenerateDataConfig, "subset and score"),
+    (GenerationConfig, "search"),
+    (ReferenceConfig, "references"),
+    (TextConfig, "text"),
+    (CommonConfig, "common"),
+    (LogConfig, "progress"),
+)
+
+INTERACTIVE_SECTIONS: Sections = (
+    (DataConfig, "data and batches"),
+    (ModelPathConfig, "model"),
+    (InteractiveConfig, "input"),
+    (ServeConfig, "web page"),
+    (GenerationConfig, "search"),
+    (TextConfig, "text"),
+    (CommonConfig, "common"),
+)
+
+VALIDATE_SECTIONS: Sections = (
+    (DataConfig, "data and batches"),
+    (SubsetConfig, "reading"),
+    (ModelPathConfig, "model"),
+    (ValidationConfig, "validation"),
+    (CommonConfig, "common"),
+    (LogConfig, "progress"),
+)
+
+
+def make_parser(prog: str, description: str, sections: Sections) -> argparse.ArgumentParser:
+    """A parser with the flags of ``sections``; unknown and abbreviated flags are usage errors (exit 2)."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    for config, title in sections:
+        add_flags(parser, config, title)
+    return parser
+
+
+def parse_args(prog: str, description: str, sections: Sections, argv: list[str] | None) -> argparse.Namespace:
+    """Parse a command that has no interchangeable parts. Exits with status 2 on a usage error."""
+    _load_user_dir(argv)
+    return make_parser(prog, description, sections).parse_args(argv)
+
+
+def _load_user_dir(argv: list[str] | None) -> None:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--user-dir")
+    import_user_dir(first.parse_known_args(argv)[0].user_dir)
+
+
+def check_result_name(parser: argparse.ArgumentParser, name: str) -> None:
+    """A usage error when ``--name`` would put a result outside ``--out-dir``, where the report does not look."""
+    if Path(name).name != name:
+        parser.error(f"--name {name}: a name, not a path; directories are --out-dir's")
+
+
+def parse_clinic_args(prog: str, description: str, sections: Sections, argv: list[str] | None) -> argparse.Namespace:
+    """Parse a command that measures models of an architecture, or checkpoints; see ``parse_args``."""
+    from fairseq.models.config import TransformerConfig, resolve_architecture
+
+    _load_user_dir(argv)
+    parser = make_parser(prog, description, sections)
+    said_otherwise = {"encoder_normalize_before", "decoder_normalize_before"}  # by --models
+    if (ClinicDepthConfig, "depth") in sections:
+        said_otherwise |= {"encoder_layers", "decoder_layers"}
+    shape = add_flags(parser, TransformerConfig, "architecture", suppress_defaults=True, skip=said_otherwise)
+    args = parser.parse_args(argv)
+    given = [name for name in ("models", *sorted(shape)) if getattr(args, name, None) is not None]
+    if getattr(args, "path", None) and given:
+        parser.error(f"--{given[0].replace('_', '-')} does nothing with --path: checkpoints say what they are")
+    check_result_name(parser, args.name or "")
+    args.models = args.models or "post-ln,pre-ln,adaptive"
+    vars(args).update(resolve_architecture(args.arch, vars(args)))
+    return args
+
+
+def parse_train_args(
+    argv: list[str] | None = None,
+    prog: str = "fairseq-train",
+    description: str = "Train a translation model, or profile one with --init-type adaptive-profiling.",
+) -> argparse.Namespace:
+    """Parse ``fairseq-train``'s flags; the chosen architecture fills in what the user left open.
+
+    Only the flags of the chosen optimiser, schedule and criterion are accepted; ``--help`` lists all of them.
+    Exits with status 2 on a usage error; raises FairseqError when ``--user-dir`` fails.
+    """
+    from fairseq import criterions, optim  # noqa: F401  (they register themselves)
+    from fairseq.models.config import TransformerConfig, resolve_architecture
+
+    argv = sys.argv[1:] if argv is None else argv
+    _load_user_dir(argv)
+    parser = make_parser(prog, description, TRAIN_SECTIONS)
+    taken = set(vars(parser.parse_known_args(["-"])[0]))
+    taken |= add_flags(parser, TransformerConfig, "architecture", suppress_defaults=True, skip=taken)
+    wants_help = any(a in ("-h", "--help") for a in argv)
+    # An error must not be reported before the parser is complete, so the choice is read by a bare parser.
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, _, _ in COMPONENTS:
+        chooser.add_argument("--" + name.replace("_", "-"), nargs="?", default=getattr(ComponentConfig, name))
+    chosen = chooser.parse_known_args(argv)[0]
+    for name, registry, title in COMPONENTS:
+        for entry in registry.names() if wants_help else [getattr(chosen, name)]:
+            config = registry.config(entry) if entry in registry.names() else None
+            if config is not None:
+                taken |= add_flags(parser, config, f"{title} {entry}", skip=taken)
+    args = parser.parse_args(argv)
+    _check_init_type_flags(parser, args)
+    vars(args).update(resolve_architecture(args.arch, vars(args)))
+    _check_contradictions(parser, args)
+    return args
+
+
+def _check_init_type_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what would do nothing. args: before the architecture has filled in what was not given."""
+    from fairseq.admin.residual import MEASURED_TYPES  # imports torch, which fairseq-preprocess does without
+
+    measures = args.init_type in MEASURED_TYPES
+    for given, flag_name, works, init_type in (
+        (args.profile_batches != 1, "--profile-batches", measures, "adaptive"),
+        (args.profile_deterministic, "--profile-deterministic", measures, "adaptive"),
+        ("output_change" in args, "--output-change", args.init_type == "adaptive-closed-form", "adaptive-closed-form"),
+        ("omega" in args, "--omega", args.init_type == "adaptive-closed-form", "adaptive-closed-form"),
+    ):
+        if given and not works:
+            parser.error(f"{flag_name} does nothing with --init-type {args.init_type}; it is for {init_type}")
+
+
+def _check_contradictions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    bleu, largest = args.best_checkpoint_metric == "bleu", args.maximize_best_checkpoint_metric
+    finetunes = args.finetune_from_model is not None
+    checkpoints = args.checkpoint_activations or args.offload_activations
+    for wrong, message in (
+        (args.fp16 and args.bf16, "--fp16 and --bf16 contradict each other; give one"),
+        (args.fp16 and args.cpu, "--fp16 needs a GPU; on the CPU use --bf16 or float32"),
+        (args.max_tokens is None and args.batch_size is None, "give --max-tokens or --batch-size"),
+        (bleu and not args.eval_bleu, "--best-checkpoint-metric bleu needs --eval-bleu"),
+        (bleu != largest, "bleu as --best-checkpoint-metric, and only bleu, needs --maximize-best-checkpoint-metric"),
+        (args.patience > 0 and args.disable_validation, "--patience needs validation; drop --disable-validation"),
+        (finetunes and args.restore_file != LAST, "--finetune-from-model contradicts --restore-file; give one"),
+        (
+            args.ddp_backend == "fully_sharded" and args.optimizer == "adafactor",
+            "--optimizer adafactor needs whole matrices, which --ddp-backend fully_sharded divides; use adam or radam",
+        ),
+        (
+            args.checkpoint_activations_every > 1 and not checkpoints,
+            "--checkpoint-activations-every does nothing without --checkpoint-activations",
+        ),
+    ):
+        if wrong:
+            parser.error(message)
+
+
+def section(config: type, args: argparse.Namespace) -> Any:
+    """The part of the flat namespace that belongs to dataclass ``config``, as an instance of it."""
+    return from_namespace(config, args)
