@@ -310,6 +310,7 @@ CASES = {
     "--output *: is the": ["export toy.pt --output toy.pt"],
     "*: is there already": ["export toy.pt --data bin --output bin --format huggingface"],
     "--* does nothing with --format": [EXPORT, "export toy.pt --output out --quantization int8"],
+    "--* does nothing without --bpe": [f"export toy.pt {HUGGINGFACE} --bpe-codes good.xx"],
     "init type * cannot be folded": ["export pre_ln.pt --output out --fold"],
     "cannot fold": ["export omega_zero.pt --output out --fold"],
     "--format * needs an ordinary": [f"export rezero.pt {HUGGINGFACE}"],
@@ -371,6 +372,7 @@ UNCAUSED = {
     "process * of * ended with": "needs a process that crashes",
     "process * of * has lost": "needs a process that crashes",
     "--ddp-backend": "needs an older torch; tests/test_sharding.py",
+    "the tokenizer reads": "needs a faulty tokenizer; tests/test_export_tokenizers.py",
     "the exported model": "needs a faulty export; tests/test_export.py",
     "*: the stream": "the residual rule would stay registered; tests/test_clinic_dependency.py",
 }

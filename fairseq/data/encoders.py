@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fairseq.data.dictionary import post_process
 from fairseq.errors import FairseqError
@@ -82,6 +83,11 @@ def _segmentation(name: str | None, bpe_codes: str | None, sentencepiece_model: 
 def _subword_nmt(path: str | None) -> Callable[[str], str]:
     if path is None:
         raise FairseqError("--bpe subword_nmt needs --bpe-codes FILE, the merges the training data was segmented with")
+    return load_subword_nmt(path).process_line
+
+
+def load_subword_nmt(path: str) -> Any:
+    """The ``subword_nmt.apply_bpe.BPE`` of a file of merges. Raises FairseqError when it is missing or no such file."""
     from subword_nmt.apply_bpe import BPE
 
     complaint = io.StringIO()
@@ -90,9 +96,9 @@ def _subword_nmt(path: str | None) -> Callable[[str], str]:
         with open(path, encoding="utf-8") as codes, contextlib.redirect_stderr(complaint):
             refuse_bom(codes.read(1).encode(), f"--bpe-codes {path}")
             codes.seek(0)
-            segment = BPE(codes, separator=SUBWORD_NMT_SEPARATOR).process_line
-            segment("ab")  # a version that it does not know is found out only here
-            return segment
+            bpe = BPE(codes, separator=SUBWORD_NMT_SEPARATOR)
+            bpe.process_line("ab")  # a version that it does not know is found out only here
+            return bpe
     except OSError as error:
         raise FairseqError(f"--bpe-codes {path}: cannot read: {error.strerror}") from error
     except UnicodeDecodeError as error:

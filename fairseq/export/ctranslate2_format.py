@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fairseq.errors import FairseqError
-from fairseq.export.plain import Exportable, check_unique, describe, open_checkpoint
+from fairseq.export.plain import Exportable, check_unique, describe, open_checkpoint, refuse_flags
 from fairseq.export.self_check import SEARCH, check_scores, count_same_translations
 from fairseq.generation.ctranslate2_backend import CTranslate2Model
 from fairseq.models.transformer import PADDING_IDX, TransformerDecoder, TransformerEncoder
@@ -40,6 +40,7 @@ def export_ctranslate2(config: ExportConfig) -> list[str]:
     Raises FairseqError, and leaves no directory, when the model cannot be read or expressed, or when what was written
     does not compute what the original does.
     """
+    refuse_flags(config, "bpe", "bpe_codes", "sentencepiece_model")
     require("ctranslate2", "export", "--format ctranslate2")
     quantization = config.quantization or "float32"
     exported = open_checkpoint(config)

@@ -11,6 +11,7 @@ from fairseq import admin
 from fairseq.admin.fold import FOLDABLE, PLAIN, fold_notes
 from fairseq.checkpoint import build_from_checkpoint, data_only, load_checkpoint, save_checkpoint, without_optimizer
 from fairseq.errors import FairseqError
+from fairseq.export.plain import refuse_flags
 from fairseq.export.self_check import ROWS, check_agreement
 from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import to_fairseq
@@ -31,9 +32,7 @@ def export_fairseq(config: ExportConfig) -> list[str]:
     cannot be written, or what would be read from it does not compute what the original does.
     """
     checkpoint, output, fold = config.checkpoint, config.output, config.fold
-    for name in ("quantization", "data"):
-        if getattr(config, name) is not None:
-            raise FairseqError(f"--{name} does nothing with --format fairseq; leave it out")
+    refuse_flags(config, "quantization", "data", "bpe", "bpe_codes", "sentencepiece_model")
     path = Path(output) if Path(output).suffix == ".pt" else Path(output) / "model.pt"
     if path.resolve() == Path(checkpoint).resolve():
         raise FairseqError(f"--output {output}: is the checkpoint itself; name another place")

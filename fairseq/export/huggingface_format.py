@@ -2,12 +2,12 @@
 
 Four of its architectures are ours with other names, one for each place that LayerNorm can have: Marian is Post-LN,
 Pegasus Pre-LN, BART and mBART the same with a LayerNorm after the embeddings. Their position tables are parameters, of
-which ours are stored. Marian alone can have several embedding matrices. Token ids are the dictionaries'.
+which ours are stored. Marian alone can have several embedding matrices. Token ids are the dictionaries'; see
+``huggingface_tokenizer`` for those after them.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq.data.dictionary import BOS, EOS, PAD, UNK, Dictionary
 from fairseq.errors import FairseqError
+from fairseq.export.huggingface_tokenizer import Tokenizers
 from fairseq.export.plain import Exportable, check_unique, describe, open_checkpoint
 from fairseq.export.self_check import SEARCH, check_agreement, count_same_translations
+from fairseq.generation.constraints import UNK as UNK_IDX
 from fairseq.generation.translate import pad_rows, without_padding
 from fairseq.models.state_dict import to_fairseq
 from fairseq.models.transformer import PADDING_IDX
@@ -36,6 +37,7 @@ ACTIVATIONS = {  # --activation-fn -> transformers' name
     "linear": "linear",
     "swish": "silu",
 }
+NEVER = -1e4  # added to a logit; finite, for training with label smoothing
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}  # of a logit, or of the largest one if above 1
 
 
@@ -73,20 +75,17 @@ def export_huggingface(config: ExportConfig) -> list[str]:
         )
     exported = open_checkpoint(config)
     architecture = choose_architecture(exported)
+    tokenizers = Tokenizers(config, exported)
+    vocabularies = (len(tokenizers.src_ids), len(tokenizers.tgt_ids))
     with new_directory(config.output) as directory:
-        _write_model(exported, architecture, precision, directory)
-        _write_tokenizer(exported.src_dict, exported.positions, directory)
-        if exported.src_dict != exported.tgt_dict:
-            _write_tokenizer(exported.tgt_dict, exported.positions, directory / "target")
-            exported.notes.append(
-                "the tokenizer is the source language's; that of translations is in the subfolder target"
-            )
+        _write_model(exported, architecture, vocabularies, precision, directory)
+        exported.notes += tokenizers.write(directory)
         transformers.utils.logging.disable_progress_bar()
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
         check = [
-            check_agreement(exported.original, _logits_of(model), TOLERANCES[precision]),
-            _check_translations(exported, model, tokenizer),
+            check_agreement(exported.original, _logits_of(model, len(exported.tgt_dict)), TOLERANCES[precision]),
+            tokenizers.check(directory),
+            _check_translations(exported, model),
         ]
     if architecture.model == "MarianMTModel":
         exported.notes.append(
@@ -121,7 +120,10 @@ def choose_architecture(exported: Exportable) -> _Architecture:
     return architecture
 
 
-def _write_model(exported: Exportable, architecture: _Architecture, precision: str, directory: Path) -> None:
+def _write_model(
+    exported: Exportable, architecture: _Architecture, vocabularies: tuple[int, int], precision: str, directory: Path
+) -> None:
+    """vocabularies: ids of the source's and the target's tokenizer."""
     import transformers
     from safetensors.torch import save_file
 
@@ -130,7 +132,7 @@ def _write_model(exported: Exportable, architecture: _Architecture, precision: s
     ids["forced_eos_token_id"] = 2  # at the longest output
     config = getattr(transformers, architecture.config)(
         **ids,
-        vocab_size=len(exported.src_dict),
+        vocab_size=vocabularies[0],
         d_model=cfg.encoder_embed_dim,
         encoder_layers=cfg.encoder_layers,
         encoder_attention_heads=cfg.encoder_attention_heads,
@@ -148,7 +150,7 @@ def _write_model(exported: Exportable, architecture: _Architecture, precision: s
         architectures=[architecture.model],
         **(
             {
-                "decoder_vocab_size": len(exported.tgt_dict),
+                "decoder_vocab_size": vocabularies[1],
                 "share_encoder_decoder_embeddings": cfg.share_all_embeddings,
             }
             if architecture.several_embeddings
@@ -158,7 +160,8 @@ def _write_model(exported: Exportable, architecture: _Architecture, precision: s
     dtype = getattr(torch, precision)
     config.dtype = dtype
     config.save_pretrained(directory)
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in _parameters(exported, architecture).items()}
+    parameters = _parameters(exported, architecture, vocabularies)
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in parameters.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     search = GenerationConfig()
     transformers.GenerationConfig(
@@ -166,13 +169,13 @@ def _write_model(exported: Exportable, architecture: _Architecture, precision: s
         num_beams=search.beam,
         length_penalty=search.lenpen,
         early_stopping=True,  # as here, a sentence is done when it has num_beams hypotheses
-        max_length=min(search.max_len_b + 2, positions),  # with both </s>
+        max_length=min(search.max_len_b + 2, positions + 1),  # with both </s>, of which the last is not read
         min_new_tokens=search.min_len,
         bad_words_ids=[[PADDING_IDX]],
     ).save_pretrained(directory)
 
 
-def _parameters(exported: Exportable, architecture: _Architecture) -> dict[str, Tensor]:
+def _parameters(exported: Exportable, architecture: _Architecture, vocabularies: tuple[int, int]) -> dict[str, Tensor]:
     """With transformers' names, which but for embeddings are fairseq's; a matrix that is used twice is there once."""
     model, cfg = exported.plain, exported.plain.cfg
     parameters = {
@@ -180,13 +183,14 @@ def _parameters(exported: Exportable, architecture: _Architecture) -> dict[str, 
         for name, tensor in to_fairseq(model.state_dict()).items()
         if ".layers." in name or "layer_norm." in name or "layernorm_embedding." in name
     }
+    read, written = vocabularies
     if cfg.share_all_embeddings:
-        parameters["model.shared.weight"] = model.encoder.embed_tokens.weight
+        parameters["model.shared.weight"] = _with_unknown(model.encoder.embed_tokens.weight, read)
     else:
-        parameters["model.encoder.embed_tokens.weight"] = model.encoder.embed_tokens.weight
-        parameters["model.decoder.embed_tokens.weight"] = model.decoder.embed_tokens.weight
+        parameters["model.encoder.embed_tokens.weight"] = _with_unknown(model.encoder.embed_tokens.weight, read)
+        parameters["model.decoder.embed_tokens.weight"] = _with_unknown(model.decoder.embed_tokens.weight, written)
         if not cfg.share_decoder_input_output_embed:
-            parameters["lm_head.weight"] = model.decoder.output_projection.weight
+            parameters["lm_head.weight"] = _with_unknown(model.decoder.output_projection.weight, written)
     rows = slice(architecture.first_position, PADDING_IDX + 1 + exported.positions)
     for name, stack in (("encoder", model.encoder), ("decoder", model.decoder)):
         if stack.embed_positions is None:
@@ -194,56 +198,38 @@ def _parameters(exported: Exportable, architecture: _Architecture) -> dict[str, 
         else:
             table = stack.embed_positions.weight[rows]
         parameters[f"model.{name}.embed_positions.weight"] = table
-    parameters["final_logits_bias"] = torch.zeros(1, len(exported.tgt_dict))
+    bias = torch.zeros(1, written)
+    bias[:, len(exported.tgt_dict) :] = NEVER
+    parameters["final_logits_bias"] = bias
     return {name: tensor.detach() for name, tensor in parameters.items()}
 
 
-def _write_tokenizer(dictionary: Dictionary, positions: int, directory: Path) -> None:
-    """Words between blanks to the dictionary's ids, ``</s>`` at the end, and back."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    directory.mkdir(exist_ok=True)
-    words = {word: index for index, word in enumerate(dictionary.symbols)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {EOS}", special_tokens=[(EOS, dictionary.eos())]
-    )
-    tokenizer.add_special_tokens([BOS, PAD, EOS, UNK])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "pad_token": PAD,
-        "eos_token": EOS,
-        "unk_token": UNK,
-        "padding_side": "right",
-        "model_max_length": positions,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,
-    }
-    text = json.dumps(settings, indent=2)
-    (directory / "tokenizer_config.json").write_text(f"{text}\n", encoding="utf-8")
+def _with_unknown(embeddings: Tensor, size: int) -> Tensor:
+    """As many rows as ``size``, the last ones that of ``<unk>``."""
+    return torch.cat([embeddings, embeddings[UNK_IDX].expand(size - len(embeddings), -1)])
 
 
-def _logits_of(model: Any) -> Any:
-    """The loaded model as a function of src_tokens and prev_output_tokens, which it wants padded on the right."""
+def _logits_of(model: Any, vocabulary: int) -> Any:
+    """The loaded model as a function of src_tokens and prev_output_tokens, which it wants padded on the right.
+
+    vocabulary: entries of the target dictionary, before those that are never written.
+    """
 
     def logits(src_tokens: Tensor, prev_output_tokens: Tensor) -> Tensor:
         input_ids = pad_rows([without_padding(row) for row in src_tokens])
         mask = input_ids.ne(PADDING_IDX).long()
-        return model(input_ids=input_ids, attention_mask=mask, decoder_input_ids=prev_output_tokens).logits.float()
+        output = model(input_ids=input_ids, attention_mask=mask, decoder_input_ids=prev_output_tokens)
+        return output.logits[:, :, :vocabulary].float()
 
     return logits
 
 
-def _check_translations(exported: Exportable, model: Any, tokenizer: Any) -> str:
+def _check_translations(exported: Exportable, model: Any) -> str:
     def translate(sentences: Sequence[Tensor]) -> list[Tensor]:
-        text = [" ".join(exported.src_dict[index] for index in sentence[:-1].tolist()) for sentence in sentences]
-        batch = tokenizer(text, return_tensors="pt", padding=True)
-        outputs = model.generate(
-            **batch, num_beams=SEARCH.beam, max_length=min(SEARCH.max_len_b + 2, exported.positions)
-        )
+        input_ids = pad_rows(sentences)
+        longest = min(SEARCH.max_len_b + 2, exported.positions + 1)
+        mask = input_ids.ne(PADDING_IDX).long()
+        outputs = model.generate(input_ids, attention_mask=mask, num_beams=SEARCH.beam, max_length=longest)
         return [without_padding(row[1:]) for row in outputs]
 
     return count_same_translations(exported.original, exported.sentences, translate)

@@ -22,7 +22,7 @@ from fairseq.generation.translate import languages_of, without_padding
 from fairseq.models.transformer import Transformer
 from fairseq.options import ExportConfig
 
-SENTENCES = 16  # of the data-bin, that the self-check translates
+SENTENCES = 1000  # of the data-bin, for self-checks
 SPLITS = ("valid", "test", "train")  # where they come from: the first that is there
 
 
@@ -30,7 +30,7 @@ SPLITS = ("valid", "test", "train")  # where they come from: the first that is t
 class Exportable:
     """original: as the checkpoint has it. plain: Post-LN or Pre-LN of init type default, with the same outputs.
 
-    sentences: int64 (src_len,) each, ``</s>`` at the end.
+    sentences: to try it on, int64 (src_len,) each, ``</s>`` at the end.
     """
 
     original: Transformer
@@ -69,6 +69,14 @@ def open_checkpoint(config: ExportConfig) -> Exportable:
     check_dictionaries(original, config.checkpoint, data_dir, (src, src_dict), (tgt, tgt_dict))
     sentences = _sentences(data_dir, src, tgt, original)
     return Exportable(original, plain, src, tgt, src_dict, tgt_dict, sentences, notes)
+
+
+def refuse_flags(config: ExportConfig, *names: str) -> None:
+    """Raise FairseqError when a flag that ``config.format`` has no use for is given."""
+    for name in names:
+        if getattr(config, name) is not None:
+            flag = name.replace("_", "-")
+            raise FairseqError(f"--{flag} does nothing with --format {config.format}; leave it out")
 
 
 def check_unique(exported: Exportable, whose: str) -> None:

@@ -16,6 +16,7 @@ from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
 
 ROWS, LONGEST = 8, 24  # of the random batch
+TRANSLATED = 16  # sentences
 TOLERANCE = 1e-4  # of a logit, or of the largest one where that is above 1
 SEARCH = GenerationConfig(max_len_b=100)  # of the sentences that both translate
 
@@ -89,11 +90,12 @@ def count_same_translations(
     sentences: Sequence[Tensor],
     translate: Callable[[Sequence[Tensor]], Sequence[Tensor]],
 ) -> str:
-    """Translate ``sentences``, (src_len,) each, with SEARCH and with the exported model, and say how many agree.
+    """Translate the first of ``sentences`` with SEARCH and with the exported model, and say how many agree.
 
-    translate: sentences -> best hypotheses of the same search, (tgt_len,) each with ``</s>`` at the end.
+    sentences: (src_len,) each. translate: the same -> best hypotheses, (tgt_len,) each with ``</s>`` at the end.
     It is for the reader to judge: near ties, and outputs that reach the longest length, may end differently.
     """
+    sentences = sentences[:TRANSLATED]
     expected = [translation.hypotheses[0].tokens for translation in translate_ids([original], sentences, SEARCH)]
     same = sum(a.tolist() == b.tolist() for a, b in zip(translate(sentences), expected, strict=True))
     return f"{same} of {len(expected)} translations agree (beam {SEARCH.beam})"

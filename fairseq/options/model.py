@@ -81,6 +81,13 @@ class ExportConfig:
         "precision of the weights (default: float32); huggingface has the floats; CTranslate2 may compute in another",
         choices=QUANTIZATIONS,
     )
+    bpe: str | None = flag(
+        None,
+        "huggingface: the tokenizer takes raw text, which it segments so (default: segmented text)",
+        choices=("subword_nmt", "sentencepiece"),
+    )
+    bpe_codes: str | None = flag(None, "merges of --bpe subword_nmt", metavar="FILE")
+    sentencepiece_model: str | None = flag(None, "model of --bpe sentencepiece", metavar="FILE")
     data: str | None = flag(
         None,
         "directory with dict.LANG.txt (default: the checkpoint's, then the data-bin that it was trained on)",
