@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from tests.training_runs import write_databin
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+# how long examples take says only how busy the machine is
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
