@@ -179,6 +179,8 @@ class CTranslate2Model:
             min_decoding_length=min(cfg.min_len, longest),
             max_decoding_length=longest + 1,
             max_input_length=0,
+            # with several sentences and beams, the first token of each has the first sentence's attention (4.8)
+            max_batch_size=1 if needs_attention(cfg) and cfg.beam > 1 else 0,
             suppress_sequences=[[self.tgt_words[PAD]]],
             return_scores=True,
             return_end_token=True,
@@ -213,9 +215,11 @@ class CTranslate2Model:
                 ids = [*ids[:longest], EOS]
             attention = None
             if result.attention:
-                attention = torch.zeros(len(source), len(ids))  # where the last row, </s>, may be missing
+                attention = torch.zeros(len(source), len(ids))  # where the last column, </s>, may be missing
                 weights = torch.tensor(result.attention[i][: len(ids)]).T
                 attention[: weights.size(0), : weights.size(1)] = weights
+                if weights.size(0) < len(source):  # an </s> that CTranslate2 has added itself, which has the rest
+                    attention[-1, : weights.size(1)] = (1 - weights.sum(0)).clamp_(min=0)
             elif len(source) <= 1:
                 attention = torch.ones(1, 1)
             found.append(Hypothesis(torch.tensor(ids), result.scores[i], torch.zeros(len(ids)), attention))
