@@ -276,7 +276,8 @@ CASES = {
     "--model *: there is": [f"{INTERACTIVE} --serve 0 --model a=toy.pt --model a=toy.pt"],
     "--backend ctranslate2 does not": [
         f"generate bin --path model.ct2 --backend ctranslate2 {flag}" for flag in ("--sampling", "--bf16")
-    ],
+    ]
+    + ["interactive bin --path model.ct2 --backend ctranslate2 --unkpen 1"],
     "*: cannot read: *; is it": ["generate bin --path toy.pt --backend ctranslate2"],
     "*: no JSON": ["generate bin --path no_json.ct2 --backend ctranslate2"],
     "*: not what CTranslate2": ["generate bin --path other_json.ct2 --backend ctranslate2"],

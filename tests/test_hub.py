@@ -117,6 +117,23 @@ def test_generate(directory):
         model.generate("a", beam=2, nbest=3)
 
 
+def test_a_search_can_be_stopped(directory):
+    model = TransformerModel.from_pretrained(directory)
+    steps = []
+
+    def check() -> None:
+        steps.append(1)
+        if len(steps) == 7:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        model.generate(["a b", "c"], min_len=500, max_len_b=900, check=check)
+    assert len(steps) == 7
+    longer = model.generate("a b", min_len=20, max_len_b=20, check=lambda: steps.append(1))
+    assert len(steps) == 7 + 21  # on a CPU, every step
+    assert longer.hypotheses[0].text == model.translate("a b", min_len=20, max_len_b=20)
+
+
 def test_ensemble_absolute_data_path_and_languages(directory):
     write_toy_checkpoint(toy_model(2), directory / "other.pt")
     both = TransformerModel.from_pretrained(

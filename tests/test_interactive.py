@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from fairseq.cli.export import main as export
 from fairseq.cli.generate import main as generate
 from fairseq.cli.interactive import main
 from tests.toys import toy_model, toy_sentences, write_toy_checkpoint, write_toy_databin
@@ -44,6 +45,28 @@ def test_agrees_with_generate(toy, monkeypatch, capsys, buffer_size):
     assert [f[0] for f in fields(printed, "S")] == [f"S-{i}" for i in range(10)]
     assert sorted(fields(printed, "S")) == sorted(fields(expected, "S"))
     assert {f[0]: f[2] for f in fields(printed, "H")} == {f[0]: f[2] for f in fields(expected, "H")}
+
+
+def test_ctranslate2(toy, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("ctranslate2", reason="pip install -e .[export]")
+    databin, path = toy
+    export([path, "--data", databin, "--format", "ctranslate2", "--output", str(tmp_path / "out")])
+    printed = []
+    for backend, model in (("native", path), ("ctranslate2", str(tmp_path / "out"))):
+        stdin(monkeypatch, text_of(toy_sentences(6, 0)) + b"\n")
+        capsys.readouterr()
+        main([databin, "--backend", backend, "--path", model, "--buffer-size", "4", "--print-alignment", *LIMIT])
+        printed.append(capsys.readouterr().out)
+    native, other = printed
+    assert len(fields(native, "A")) == len(fields(other, "A")) == 7
+    for kind in "SHDPA":
+        for a, b in zip(fields(native, kind), fields(other, kind), strict=True):
+            assert [x for x in a if "." not in x] == [x for x in b if "." not in x]  # all but scores
+    scores = [[float(f[1]) for f in fields(text, "H")] for text in printed]
+    assert scores[0] == pytest.approx(scores[1], abs=2e-4)
+    with pytest.raises(SystemExit):
+        main([databin, "--backend", "ctranslate2", "--path", str(tmp_path / "out"), "--unkpen", "1"])
+    assert "--backend ctranslate2 does not have --unkpen" in capsys.readouterr().err
 
 
 def test_order_of_lines_and_blank_lines(toy, monkeypatch, capsys):

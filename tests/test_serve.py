@@ -17,9 +17,11 @@ from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fairseq.interactive
+from fairseq.cli.export import main as export
 from fairseq.cli.interactive import main
 from fairseq.models import TransformerModel
 from tests.toys import toy_model, write_toy_checkpoint, write_toy_databin
@@ -207,6 +209,9 @@ SLOW = """
                 raise ZeroDivisionError
             if sentences[0].startswith("slow"):
                 time.sleep(2)
+            while sentences[0] == "endless":
+                settings["check"]()
+                time.sleep(0.05)
             return super().generate(sentences, *arguments, **settings)
     model = Slow.from_pretrained(sys.argv[1], "model1.pt", "bin")
     app.Limits.__init__.__defaults__ = (float(sys.argv[2]), *app.Limits.__init__.__defaults__[1:4], 2, 10, 40000)
@@ -257,6 +262,17 @@ def test_full_line_stays_responsive_and_forgets_who_left(directory):
         running.close()
 
 
+def test_what_nobody_waits_for_is_stopped(directory):
+    with slow_server(directory, 1) as (port, lines):
+        assert translate(port, text="endless")[0] == 504  # and it takes no part of the next one's second
+        assert translate(port, text="a")[0] == 200
+    with slow_server(directory, 60) as (port, lines):
+        running = post_and_leave(port, "endless")
+        wait_for(lines, "started endless")
+        running.close()
+        assert translate(port, text="a")[0] == 200
+
+
 def test_too_slow_and_broken(directory):
     with slow_server(directory, 0.5) as (port, lines):
         status, answer = translate(port, text="slow a")
@@ -270,6 +286,30 @@ def test_too_slow_and_broken(directory):
         status, answer = translate(port, text="broken")
         assert status == 500 and "log" in answer["error"]
         wait_for(lines, "ZeroDivisionError")
+
+
+# -- the other backend
+
+
+def test_ctranslate2(directory, tmp_path):
+    pytest.importorskip("ctranslate2", reason="pip install -e .[export]")
+    flags = ["--data", str(directory / "bin"), "--format", "ctranslate2", "--output", str(tmp_path / "out")]
+    export([str(directory / "model1.pt"), *flags])
+    argv = command(directory, "--backend", "ctranslate2", "--model", f"CT2={tmp_path / 'out'}", "--serve", "0")
+    with process(*argv) as (port, _):
+        [described] = json.loads(ask(port, "GET", "/api/models")[2])["models"]
+        assert (described["name"], described["backend"], described["source_lang"]) == ("CT2", "ctranslate2", "xx")
+        status, answer = translate(port, text="a b\n\nc ?", beam=4, nbest=2, attention=True)
+        assert translate(port, text="b " * 1024)[0] == 422
+    model = TransformerModel.from_pretrained(directory, "model1.pt", "bin")
+    expected = model.generate(["a b", "", "c ?"], 4, nbest=2, max_len_b=9, print_alignment=True)
+    assert status == 200 and [t["source"] for t in answer["translations"]] == ["a b", "", "c ?"]
+    for found, wanted in zip(answer["translations"], expected, strict=True):
+        assert found["unknown"] == wanted.unknown
+        for got, right in zip(found["hypotheses"], wanted.hypotheses, strict=True):
+            assert got["text"] == right.text and got["token_scores"] == pytest.approx(right.token_scores, abs=2e-4)
+            assert right.attention is not None
+            assert np.array(got["attention"]) == pytest.approx(right.attention.T.numpy(), abs=1e-3)
 
 
 # -- the process

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from fairseq.cli import command
 from fairseq.data.batching import iterate_batches, make_batches
 from fairseq.data.encoders import TextPipeline, make_text_pipeline
@@ -172,7 +174,7 @@ def _open_backend(
 ) -> tuple[Callable[[Iterable[Batch]], Iterator[Translation]], TranslationData, int]:
     """What translates batches, the data-bin, and the most target tokens that the models can have."""
     if args.backend == "ctranslate2":
-        model, data = open_ctranslate2(args)
+        model, data = open_ctranslate2(args, workers=torch.get_num_threads())
         token_scores = not args.quiet or references.score_reference
         translate = partial(model.translate_dataset, cfg=cfg, references=references, token_scores=token_scores)
         return translate, data, model.max_target_positions

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from torch import Tensor
 
 from fairseq.cli import command
@@ -19,10 +20,12 @@ from fairseq.cli.generate import parse_generation_args, text_format, text_pipeli
 from fairseq.data.dictionary import post_process
 from fairseq.data.translation import TranslationData
 from fairseq.errors import FairseqError
+from fairseq.generation.ctranslate2_backend import CTranslate2Model, make_search, open_ctranslate2
 from fairseq.generation.output import TextFormat
-from fairseq.generation.translate import Translation, encode_source, open_models_and_data, translate_ids
+from fairseq.generation.translate import Translation, encode_source, open_models_and_data, translate_sentences
 from fairseq.interactive import prompt
 from fairseq.models.hub import TransformerModel
+from fairseq.models.transformer import Transformer
 from fairseq.options import INTERACTIVE_SECTIONS, GenerationConfig, ServeConfig, make_parser, section
 from fairseq.training.distributed import choose_device
 from fairseq.utils.io import refuse_bom
@@ -88,9 +91,17 @@ def _serve(args: Namespace, named: dict[str, str]) -> None:
         server.run(sock, models, _settings(args), args.serve_timeout)
 
 
+def _open(args: Namespace, path: str) -> tuple[list[Transformer] | CTranslate2Model, TranslationData]:
+    """The model or ensemble ``path`` for ``--backend``, and the data-bin."""
+    args = Namespace(**(vars(args) | {"path": path}))
+    if args.backend == "ctranslate2":
+        return open_ctranslate2(args, threads=torch.get_num_threads())
+    return open_models_and_data(args, choose_device(args.cpu))
+
+
 def _text_model(args: Namespace, path: str) -> TransformerModel:
     """The model or ensemble ``path`` with the text flags' way from raw text and back."""
-    models, data = open_models_and_data(Namespace(**(vars(args) | {"path": path})), choose_device(args.cpu))
+    models, data = _open(args, path)
     pipeline = text_pipeline(args, data)
     decode = pipeline.decode
     pipeline = replace(pipeline, decode=lambda tokens: decode(post_process(tokens, args.post_process)))
@@ -106,7 +117,8 @@ def _settings(args: Namespace) -> dict[str, Any]:
 
 def _translate_lines(args: Namespace, cfg: GenerationConfig) -> None:
     """Standard input or a file to fairseq's output lines, a buffer at a time."""
-    models, data = open_models_and_data(args, choose_device(args.cpu))
+    models, data = _open(args, args.path)
+    search = make_search(models, cfg, args.seed)
     pipeline = text_pipeline(args, data)
     text = text_format(args, data, pipeline)
     if args.input == "-" and sys.stdin.isatty():
@@ -116,14 +128,12 @@ def _translate_lines(args: Namespace, cfg: GenerationConfig) -> None:
             start = time.perf_counter()
             words = {number: pipeline.encode(line).split() for number, line in buffer}
             ids = _encode(words, data, args)
-            translations = translate_ids(
-                models,
+            translations = translate_sentences(
+                search,
                 list(ids.values()),
-                cfg,
                 ids=list(ids),
                 max_tokens=args.max_tokens,
                 batch_size=args.batch_size,
-                seed=args.seed,
                 left_pad_source=args.left_pad_source,
             )
             seconds = time.perf_counter() - start

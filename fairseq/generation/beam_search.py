@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -217,13 +217,15 @@ class _Batch:
         merged.src_len = max(batch.src_len for batch in batches)
         return merged
 
-    def run(self, until: int) -> list[tuple[int, Hypothesis]]:
+    def run(self, until: int, check: Callable[[], None]) -> list[tuple[int, Hypothesis]]:
         """Go on until at most so many sentences are left, where they ``can_wait``; returns what has ended."""
         every = check_interval(self.device)
         prefix_len = 0 if self.prefix_tokens is None else self.prefix_tokens.size(1)
         while self.sentences and self.step < self.steps:
             if self.can_wait and self.step >= max(prefix_len, 1) and len(self.sentences) <= until:
                 break
+            if self.step % every == 0:
+                check()
             scores, tokens, rows, attn = self.candidates(self.step)
             choice = _choose(scores, tokens, rows, self.counts, self.cfg.beam)
             self.history.end(self.sentences, choice.ends, scores[:, : self.cfg.beam], rows[:, : self.cfg.beam], attn)
@@ -348,9 +350,17 @@ class _Search:
     they take about the room of the largest batch so far at most.
     """
 
-    def __init__(self, models: Sequence[Transformer], cfg: GenerationConfig, seed: int, need_attn: bool) -> None:
+    def __init__(
+        self,
+        models: Sequence[Transformer],
+        cfg: GenerationConfig,
+        seed: int,
+        need_attn: bool,
+        check: Callable[[], None] | None,
+    ) -> None:
         check_generation_config(cfg, models[0].decoder.output_projection.out_features)
         self.models, self.cfg, self.seed, self.need_attn = models, cfg, seed, need_attn
+        self.check = check or (lambda: None)
         self.unfinished: deque[tuple[range, Sources]] = deque()
         self.results: dict[int, list[Hypothesis]] = {}  # of the unfinished batches' sentences
         self.waiting: list[_Batch] = []
@@ -384,7 +394,7 @@ class _Search:
             self._run(batch, until)
 
     def _run(self, batch: _Batch, until: int) -> None:
-        for sentence, hypothesis in batch.run(until):
+        for sentence, hypothesis in batch.run(until, self.check):
             self.results[sentence].append(hypothesis)
         if batch.sentences:
             self.waiting.append(_Batch.merge([batch]))  # a copy of what is needed of it
@@ -411,9 +421,13 @@ def search_batches(
     *,
     seed: int = 1,
     need_attn: bool = False,
+    check: Callable[[], None] | None = None,
 ) -> Iterator[list[list[Hypothesis]]]:
-    """What ``beam_search`` finds in each batch, in order, but faster: several are read before the first is yielded."""
-    search = _Search(models, cfg, seed, need_attn)
+    """What ``beam_search`` finds in each batch, in order, but faster: several are read before the first is yielded.
+
+    check: called every few steps; what it raises ends the search.
+    """
+    search = _Search(models, cfg, seed, need_attn, check)
     for sources in batches:
         search.add(sources)
         yield from search.finished()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.generation.constraints import EOS, PAD, check_generation_config
 from fairseq.generation.history import Hypothesis
-from fairseq.generation.translate import NO_REFERENCES, Translation, languages_of, needs_attention, without_padding
+from fairseq.generation.translate import (
+    NO_REFERENCES,
+    Translation,
+    languages_of,
+    needs_attention,
+    translate_dataset,
+    without_padding,
+)
+from fairseq.models.transformer import Transformer
 from fairseq.options import DataConfig, GenerationConfig, ReferenceConfig, section
 from fairseq.utils.extras import require
 
@@ -232,16 +241,28 @@ class CTranslate2Model:
         return [self.tgt_words[index] for index in target.tolist()]
 
 
-def open_ctranslate2(args: Namespace) -> tuple[CTranslate2Model, TranslationData]:
+def make_search(
+    models: Sequence[Transformer] | CTranslate2Model,
+    cfg: GenerationConfig,
+    seed: int = 1,
+    check: Callable[[], None] | None = None,
+) -> Callable[[Iterable[Batch]], Iterator[Translation]]:
+    """``translate_dataset`` of the backend that the models are for. seed, check: the native one's."""
+    if isinstance(models, CTranslate2Model):
+        return partial(models.translate_dataset, cfg=cfg)
+    return partial(translate_dataset, models, cfg=cfg, seed=seed, check=check)
+
+
+def open_ctranslate2(args: Namespace, workers: int = 1, threads: int = 1) -> tuple[CTranslate2Model, TranslationData]:
     """The directory ``args.path`` and the data-bin ``args.data``, checked against each other.
 
-    It works on as many batches at a time as torch has threads. Languages come from ``-s`` and ``-t``, else from the
+    workers, threads: as ``CTranslate2Model``'s. Languages come from ``-s`` and ``-t``, else from the
     directory. Raises FairseqError when anything is missing or does not fit, and for flags that only the native backend
     has.
     """
     check_supported(section(GenerationConfig, args))
     _refuse(name for name in ("model_overrides", "fp16", "bf16") if getattr(args, name))
-    model = CTranslate2Model(args.path, workers=torch.get_num_threads())
+    model = CTranslate2Model(args.path, workers, threads)
     config: DataConfig = section(DataConfig, args)
     config = replace(config, max_source_positions=min(config.max_source_positions, model.max_source_positions))
     data_dir = config.data.split(":")[0]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,12 +106,13 @@ def translate_dataset(
     cfg: GenerationConfig,
     seed: int = 1,
     references: ReferenceConfig = NO_REFERENCES,
+    check: Callable[[], None] | None = None,
 ) -> Iterator[Translation]:
     """Translate batches of a ``LanguagePairDataset`` on the models' device; yields every sentence once, in the order of
     the batches. Several batches may be read before the first is yielded.
 
-    references: how the batches' targets take part. Raises FairseqError when they do and there are none, and as
-    ``beam_search``.
+    references: how the batches' targets take part. check: as ``search_batches``'. Raises FairseqError when targets take
+    part and there are none, and as ``beam_search``.
     """
     device = next(models[0].parameters()).device
     waiting: deque[tuple[list[int], list[Tensor], list[Tensor] | None]] = deque()
@@ -133,7 +135,8 @@ def translate_dataset(
     if references.score_reference:
         found = (score_reference(models, part.src_tokens, targets, need_attn) for part, targets in read())
     else:
-        found = search_batches(models, (part for part, _ in read()), cfg, seed=seed, need_attn=need_attn)
+        parts = (part for part, _ in read())
+        found = search_batches(models, parts, cfg, seed=seed, need_attn=need_attn, check=check)
     for hypotheses in found:
         ids, sources, targets = waiting.popleft()
         for i, number in enumerate(ids):
@@ -152,11 +155,26 @@ def translate_ids(
     seed: int = 1,
     left_pad_source: bool = True,
 ) -> list[Translation]:
+    """``translate_sentences`` with the native search."""
+    search = partial(translate_dataset, models, cfg=cfg, seed=seed)
+    batching = {"max_tokens": max_tokens, "batch_size": batch_size}
+    return translate_sentences(search, sentences, ids=ids, left_pad_source=left_pad_source, **batching)
+
+
+def translate_sentences(
+    search: Callable[[Iterable[Batch]], Iterable[Translation]],
+    sentences: Sequence[Tensor],
+    *,
+    ids: Sequence[int] | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    left_pad_source: bool = True,
+) -> list[Translation]:
     """Translate sentences of token ids, (src_len,) each with ``</s>`` at the end; results in the order given.
 
-    ids: their numbers (default: 0, 1, ...). Batches hold sentences of like length, at most ``max_tokens`` source tokens
-    (and always one sentence) and ``batch_size`` sentences. A sentence of ``</s>`` alone has itself as its translation,
-    with score 0: no model knows what to do with it.
+    search: translates batches, in their order. ids: the sentences' numbers (default: 0, 1, ...). Batches hold sentences
+    of like length, at most ``max_tokens`` source tokens (and always one sentence) and ``batch_size`` sentences. A
+    sentence of ``</s>`` alone has itself as its translation, with score 0: no model knows what to do with it.
     """
     numbers = range(len(sentences)) if ids is None else ids
     empty = torch.tensor([EOS])
@@ -167,7 +185,7 @@ def translate_ids(
     }
     order = sorted((i for i in range(len(sentences)) if i not in results), key=lambda i: len(sentences[i]))
     batches = _batches(order, sentences, numbers, max_tokens, batch_size, left_pad_source)
-    results |= dict(zip(order, translate_dataset(models, batches, cfg, seed), strict=True))
+    results |= dict(zip(order, search(batches), strict=True))
     return [results[i] for i in range(len(sentences))]
 
 
@@ -179,7 +197,7 @@ def _batches(
     batch_size: int | None,
     left_pad_source: bool,
 ) -> Iterator[Batch]:
-    """Of ``sentences``, in this order, by ascending length; the rest as ``translate_ids``'."""
+    """Of ``sentences``, in this order, by ascending length; the rest as ``translate_sentences``'."""
     budget = DEFAULT_MAX_TOKENS if max_tokens is None and batch_size is None else max_tokens
     while order:
         most, size = min(batch_size or len(order), len(order)), 1

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fairseq.errors import FairseqError
-from fairseq.interactive.worker import Busy, Worker
+from fairseq.interactive.worker import Abandoned, Busy, Worker
 from fairseq.models.hub import TextHypothesis, TextTranslation, TransformerModel
 
 STATIC = Path(__file__).parent / "static"
@@ -42,7 +42,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-AT_ONCE = 8  # sentences translated before looking whether anyone still waits for them
+AT_ONCE = 8  # sentences: CTranslate2's search goes on to its end though nobody waits for them any more
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def make_app(
     worker = Worker(limits.waiting)
     most_beam = max(limits.beam, settings["beam"])
     described = {
-        "models": [_describe(name, model, settings) for name, model in models.items()],
+        "models": [_describe(name, model) for name, model in models.items()],
         "defaults": {name: settings[name] for name in ("beam", "nbest", "lenpen")},
         "limits": {"beam": most_beam, "characters": limits.characters, "lines": limits.lines},
     }
@@ -164,21 +164,25 @@ async def _unexpected_error(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": "something went wrong here; the server's log says what"}, 500)
 
 
-def _describe(name: str, model: TransformerModel, settings: Mapping[str, Any]) -> dict[str, Any]:
-    cfg = model.models[0].cfg
-    before = cfg.encoder_normalize_before and cfg.decoder_normalize_before
-    return {
+def _describe(name: str, model: TransformerModel) -> dict[str, Any]:
+    described = {
         "name": name,
         "source_lang": model.source_lang,
         "target_lang": model.target_lang,
+        "device": str(model.device),
+    }
+    if model.ctranslate2 is not None:
+        return described | {"backend": "ctranslate2", "compute_type": model.ctranslate2.compute_type}
+    cfg = model.models[0].cfg
+    return described | {
+        "backend": "native",
         "ensemble_size": len(model.models),
         "parameters": sum(parameter.numel() for part in model.models for parameter in part.parameters()),
         "encoder_layers": cfg.encoder_layers,
         "decoder_layers": cfg.decoder_layers,
         "embed_dim": cfg.encoder_embed_dim,
         "init_type": cfg.init_type,
-        "pre_norm": before,
-        "device": str(model.device),
+        "pre_norm": cfg.encoder_normalize_before and cfg.decoder_normalize_before,
     }
 
 
@@ -274,14 +278,19 @@ async def _unless_gone(job: Coroutine[Any, Any, bytes], request: Request, second
 
 
 def _translate(wanted: _Wanted, limits: Limits, abandoned: Event) -> bytes:
-    """The answer; in the worker's thread."""
+    """The answer; in the worker's thread. Raises Abandoned, within a few steps, when nobody waits for it any more."""
+
+    def check() -> None:
+        if abandoned.is_set():
+            raise Abandoned
+
     start = time.perf_counter()
     found: list[TextTranslation] = []
     for first in range(0, len(wanted.lines), AT_ONCE):
-        if abandoned.is_set():
-            return b""
+        check()
         lines = wanted.lines[first : first + AT_ONCE]
-        found += wanted.model.generate(lines, ids=range(first + 1, first + 1 + len(lines)), **wanted.settings)
+        ids = range(first + 1, first + 1 + len(lines))
+        found += wanted.model.generate(lines, ids=ids, check=check, **wanted.settings)
     answer = {
         "model": wanted.name,
         "seconds": round(time.perf_counter() - start, 4),

@@ -15,6 +15,10 @@ class Busy(Exception):
     """As many jobs are waiting as may."""
 
 
+class Abandoned(Exception):
+    """Nobody waits for the job's result any more."""
+
+
 class Worker:
     """Runs one job at a time, in the order they came. most_waiting: jobs in line, besides the one that runs."""
 
@@ -28,7 +32,7 @@ class Worker:
         """The result of ``job(abandoned)``. Raises Busy at once when the line is full.
 
         Cancelled while it waits, a job leaves the line. One that runs has ``abandoned`` set, which it should look at
-        from time to time; the next begins when it has returned.
+        from time to time, and end by raising Abandoned; only then does the next begin.
         """
         if self._waiting >= self.most_waiting:
             raise Busy

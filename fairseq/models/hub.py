@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, overload
@@ -18,9 +18,10 @@ from fairseq.data.dictionary import EOS, Dictionary
 from fairseq.data.encoders import TextPipeline, make_text_pipeline
 from fairseq.data.translation import infer_languages, load_dictionaries
 from fairseq.errors import FairseqError
+from fairseq.generation.ctranslate2_backend import CTranslate2Model, make_search
 from fairseq.generation.history import Hypothesis
 from fairseq.generation.output import TextFormat, in_base_2, load_alignment_dictionary
-from fairseq.generation.translate import encode_source, languages_of, load_ensemble, longest_source, translate_ids
+from fairseq.generation.translate import encode_source, languages_of, load_ensemble, longest_source, translate_sentences
 from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
 
@@ -60,11 +61,12 @@ class TransformerModel:
     """One or more trained models with their dictionaries and the way from raw text to tokens and back.
 
     models: in eval mode; what ``fairseq.checkpoint.load_model`` returns. Make one with ``from_pretrained``.
+    ctranslate2: what translates in place of ``models``, which are then none; for the commands.
     """
 
     def __init__(
         self,
-        models: Sequence[Transformer],
+        models: Sequence[Transformer] | CTranslate2Model,
         src_dict: Dictionary,
         tgt_dict: Dictionary,
         pipeline: TextPipeline,
@@ -72,7 +74,8 @@ class TransformerModel:
         source_lang: str | None = None,
         target_lang: str | None = None,
     ) -> None:
-        self.models = list(models)
+        self.ctranslate2 = models if isinstance(models, CTranslate2Model) else None
+        self.models = [] if isinstance(models, CTranslate2Model) else list(models)
         self.src_dict = src_dict
         self.tgt_dict = tgt_dict
         self.pipeline = pipeline
@@ -122,6 +125,8 @@ class TransformerModel:
     @property
     def device(self) -> torch.device:
         """Where the models are."""
+        if self.ctranslate2 is not None:
+            return torch.device("cpu")
         return next(self.models[0].parameters()).device
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> TransformerModel:
@@ -169,6 +174,7 @@ class TransformerModel:
         ids: Sequence[int] | None = None,
         max_source_positions: int = 2**30,
         truncate_source: bool = False,
+        check: Callable[[], None] | None = None,
         **settings: Any,
     ) -> TextTranslation | list[TextTranslation]:
         """The n best translations of raw text with scores and, with print_alignment=True, attention.
@@ -176,8 +182,8 @@ class TransformerModel:
         settings: those of the search by ``fairseq-generate``'s names, such as lenpen=0.6, sampling=True; nbest is beam
         if not given. max_tokens, batch_size: source tokens and sentences in a batch. ids: their numbers, in errors and
         for sampling (default: 0, 1, ...). truncate_source: cut sentences of more tokens than the models read, or than
-        max_source_positions. Raises FairseqError for a setting that does not exist or is out of range, and for a
-        sentence that is too long.
+        max_source_positions. check: called every few steps of the search; what it raises ends it. Raises FairseqError
+        for a setting that does not exist or is out of range, and for a sentence that is too long.
         """
         unknown = settings.keys() - _SEARCH_SETTINGS
         if unknown:
@@ -187,16 +193,16 @@ class TransformerModel:
         text = TextFormat(self.src_dict, self.tgt_dict, alignment_dictionary=replace_unk)
         lines = [sentences] if isinstance(sentences, str) else sentences
         words = [self.pipeline.encode(line).split() for line in lines]
-        longest = longest_source(self.models, max_source_positions)
+        positions = self.ctranslate2.max_source_positions if self.ctranslate2 else longest_source(self.models)
+        longest = min(positions, max_source_positions)
         numbers = range(len(lines)) if ids is None else ids
         names = ["the sentence"] if isinstance(sentences, str) else [f"sentence {number}" for number in numbers]
         encoded = [
             encode_source(line, self.src_dict, longest, name, truncate_source)
             for line, name in zip(words, names, strict=True)
         ]
-        translations = translate_ids(
-            self.models, encoded, cfg, ids=numbers, max_tokens=max_tokens, batch_size=batch_size, seed=seed
-        )
+        search = make_search(self.ctranslate2 or self.models, cfg, seed, check)
+        translations = translate_sentences(search, encoded, ids=numbers, max_tokens=max_tokens, batch_size=batch_size)
         results = []
         for translation, line in zip(translations, words, strict=True):
             read = line[: len(translation.src_tokens) - 1]

@@ -73,6 +73,7 @@ GENERATE_SECTIONS: Sections = (
 INTERACTIVE_SECTIONS: Sections = (
     (DataConfig, "data and batches"),
     (ModelPathConfig, "model"),
+    (BackendConfig, "backend"),
     (InteractiveConfig, "input"),
     (ServeConfig, "web page"),
     (GenerationConfig, "search"),

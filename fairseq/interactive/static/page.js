@@ -122,6 +122,7 @@ function panel(answer, place) {
 }
 
 function describe(model) {
+  if (model.backend === "ctranslate2") return `CTranslate2, computed in ${model.compute_type}`;
   const rule = { "default": model.pre_norm ? "Pre-LN" : "Post-LN" }[model.init_type] || model.init_type;
   const size = model.parameters >= 1e6 ? `${(model.parameters / 1e6).toFixed(1)} M` : `${Math.ceil(model.parameters / 1e3)} k`;
   const ensemble = model.ensemble_size > 1 ? `ensemble of ${model.ensemble_size}, ` : "";
