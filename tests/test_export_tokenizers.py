@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ SOURCE = ["low loss lol", "a slow sum", "</s> <unk> >>low< sol"]
 TARGET = ["niedrig los so", "wollte los", "soll so"]
 
 
-def export(directory: Path, flags: dict[str, str], *, joined: bool, source: list[str], target: list[str]) -> Path:
+def export(
+    directory: Path, flags: dict[str, str], *, joined: bool, source: list[str], target: list[str], pre_ln: bool = False
+) -> Path:
     """A random model whose dictionaries have every second piece of the text, and ``directory/out``, its export."""
     pipeline = make_text_pipeline(**flags)
     counts = [Counter(" ".join(map(pipeline.encode, text)).split()) for text in (source, target)]
@@ -36,8 +39,12 @@ def export(directory: Path, flags: dict[str, str], *, joined: bool, source: list
         dictionary.save(directory / f"dict.{name}.txt")
     torch.manual_seed(2)
     shape = {"embed_dim": 16, "ffn_embed_dim": 24, "attention_heads": 2, "layers": 1}
-    settings = {f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in shape.items()}
-    cfg = TransformerConfig(**settings, share_all_embeddings=joined, init_type="adaptive", max_target_positions=30)
+    settings: dict[str, Any] = {
+        f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in shape.items()
+    }
+    settings |= {"init_type": "default" if pre_ln else "adaptive", "share_all_embeddings": joined}
+    settings |= {f"{stack}_normalize_before": pre_ln for stack in ("encoder", "decoder")}
+    cfg = TransformerConfig(**settings, max_target_positions=30)
     model = Transformer(cfg, *map(len, dictionaries)).eval()
     write_toy_checkpoint(model, directory / "model.pt")
     argv = ["model.pt", "--format", "huggingface", "--output", "out"]
@@ -71,7 +78,8 @@ def test_reference_translates_raw_text(shared, tmp_path, capsys):
     argv = [str(reference), "--data", str(databin), "--format", "huggingface", "--output", str(tmp_path / "out")]
     main([*argv, "--bpe", "subword_nmt", "--bpe-codes", str(databin / "bpe.codes")])
     out = capsys.readouterr().out
-    assert "1,000 of 1,000 sentences have the same ids, 100 of 100 random outputs the same text" in out
+    assert "1,000 of 1,000 sentences have the same ids, 99" in out  # a few have an <unk>
+    assert "100 of 100 random outputs have the same text" in out
     assert "16 of 16 translations agree" in out and "rows that read as <unk>" in out
     raw = (shared / "data" / "multi30k" / "test_2016_flickr.lc.norm.tok.en").read_text(encoding="utf-8").splitlines()
     corpus = IndexedDataset(databin / "test.en-de.en")
@@ -118,12 +126,12 @@ def test_segments_as_subword_nmt(shared, tmp_path):
         assert [index if index < len(dictionary) else 3 for index in ids] == expected, line
 
 
-@pytest.mark.parametrize("joined", [True, False])
-def test_subword_nmt(joined, tmp_path, capsys):
+@pytest.mark.parametrize(("joined", "pre_ln"), [(True, False), (True, True), (False, False)])
+def test_subword_nmt(joined, pre_ln, tmp_path, capsys):
     codes = tmp_path / "codes"
     codes.write_text(CODES)
     flags = {"bpe": "subword_nmt", "bpe_codes": str(codes)}
-    out = export(tmp_path, flags, joined=joined, source=SOURCE, target=TARGET)
+    out = export(tmp_path, flags, joined=joined, source=SOURCE, target=TARGET, pre_ln=pre_ln)
     assert (out / "target").is_dir() == (not joined)
     assert "not in the dictionary: rows that read as <unk>" in capsys.readouterr().out
     assert_translates(tmp_path, flags, SOURCE)

@@ -32,7 +32,6 @@ class Tokenizers:
 
     def __init__(self, config: ExportConfig, exported: Exportable) -> None:
         _check_flags(config)
-        self.bpe = config.bpe
         self.exported = exported
         self.pipeline: TextPipeline = make_text_pipeline(
             bpe=config.bpe, bpe_codes=config.bpe_codes, sentencepiece_model=config.sentencepiece_model
@@ -91,10 +90,11 @@ class Tokenizers:
         outputs = torch.randint(len(SPECIAL_SYMBOLS), len(exported.tgt_dict), size, generator=generator)
         text_of = self.target_tokenizer(directory).decode
         same = sum(text_of(row.tolist()) == self.pipeline.decode(_words(exported.tgt_dict, row)) for row in outputs)
-        return (
-            f"tokenizer: {len(texts):,} of {len(texts):,} sentences have the same ids, {same} of {OUTPUTS} random "
-            "outputs the same text"
-        )
+        line = f"tokenizer: {len(texts):,} of {len(texts):,} sentences have the same ids"
+        if exported.split is not None:
+            as_there = sum(a == sentence.tolist() for a, sentence in zip(expected, exported.sentences, strict=True))
+            line += f", {as_there:,} those of the data-bin"
+        return f"{line}; {same} of {OUTPUTS} random outputs have the same text"
 
     def encode(self, text: str) -> list[int]:
         """The ids that the model has been trained with."""

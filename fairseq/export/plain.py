@@ -30,7 +30,7 @@ SPLITS = ("valid", "test", "train")  # where they come from: the first that is t
 class Exportable:
     """original: as the checkpoint has it. plain: Post-LN or Pre-LN of init type default, with the same outputs.
 
-    sentences: to try it on, int64 (src_len,) each, ``</s>`` at the end.
+    sentences: to try it on, int64 (src_len,) each, ``</s>`` at the end. split: that they are of; None: they are random.
     """
 
     original: Transformer
@@ -40,6 +40,7 @@ class Exportable:
     src_dict: Dictionary
     tgt_dict: Dictionary
     sentences: list[Tensor]
+    split: str | None
     notes: list[str]
 
     @property
@@ -67,8 +68,8 @@ def open_checkpoint(config: ExportConfig) -> Exportable:
     data_dir, src, tgt = _find_dictionaries(config, state["args"])
     src_dict, tgt_dict = load_dictionaries(data_dir, src, tgt)
     check_dictionaries(original, config.checkpoint, data_dir, (src, src_dict), (tgt, tgt_dict))
-    sentences = _sentences(data_dir, src, tgt, original)
-    return Exportable(original, plain, src, tgt, src_dict, tgt_dict, sentences, notes)
+    sentences, split = _sentences(data_dir, src, tgt, original)
+    return Exportable(original, plain, src, tgt, src_dict, tgt_dict, sentences, split, notes)
 
 
 def refuse_flags(config: ExportConfig, *names: str) -> None:
@@ -116,12 +117,12 @@ def _find_dictionaries(config: ExportConfig, args: dict[str, Any]) -> tuple[Path
     )
 
 
-def _sentences(data_dir: Path, src: str, tgt: str, model: Transformer) -> list[Tensor]:
-    """The first sentences of a split that is there, else random ones."""
+def _sentences(data_dir: Path, src: str, tgt: str, model: Transformer) -> tuple[list[Tensor], str | None]:
+    """The first sentences of a split that is there, and its name, else random ones."""
     for split, pair in itertools.product(SPLITS, (f"{src}-{tgt}", f"{tgt}-{src}")):
         prefix = data_dir / f"{split}.{pair}.{src}"
         if exists(prefix):
             corpus = IndexedDataset(prefix)
             found = [torch.from_numpy(corpus[i].astype("int64")) for i in range(min(SENTENCES, len(corpus)))]
-            return [sentence for sentence in found if 1 < len(sentence) <= model.cfg.max_source_positions]
-    return [without_padding(row) for row in random_batch(model)[0]]
+            return [sentence for sentence in found if 1 < len(sentence) <= model.cfg.max_source_positions], split
+    return [without_padding(row) for row in random_batch(model)[0]], None
