@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import numpy as np
 
 from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.indexed_dataset import HEADER, MAGIC, VERSION
+from fairseq.data.shapes import plan_shapes
 from fairseq.data.translation import LanguagePairDataset, TranslationData
 from fairseq.options import DataConfig
 from fairseq.utils.io import atomic_write
@@ -83,10 +85,10 @@ def write_lengths(directory: str, pairs: int) -> None:
         Path(f"{directory}/dict.{language}.txt").write_text("a 1\n", encoding="utf-8")
 
 
-def plan(databin: str, max_tokens: int) -> dict[str, Any]:
+def plan(databin: str, max_tokens: int, shapes: int = 0) -> dict[str, Any]:
     """Open a data-bin, plan its first epoch, read one batch; seconds of each and the whole process's peak memory."""
     began = time.perf_counter()
-    iterator = batches(TranslationData.open(DataConfig(databin)).load("train"), max_tokens)
+    iterator = batches(TranslationData.open(DataConfig(databin)).load("train"), max_tokens, shapes=shapes)
     opened = time.perf_counter()
     count = iterator.n_batches
     planned = time.perf_counter()
@@ -100,7 +102,9 @@ def plan(databin: str, max_tokens: int) -> dict[str, Any]:
     }
 
 
-def batches(dataset: LanguagePairDataset, max_tokens: int, multiple: int = 8, workers: int = 0) -> EpochBatchIterator:
+def batches(
+    dataset: LanguagePairDataset, max_tokens: int, multiple: int = 8, workers: int = 0, shapes: int = 0
+) -> EpochBatchIterator:
     """The training batches that fairseq-train would read."""
     return EpochBatchIterator(
         lambda epoch: dataset,
@@ -110,20 +114,28 @@ def batches(dataset: LanguagePairDataset, max_tokens: int, multiple: int = 8, wo
         max_positions=(1024, 1024),
         seed=1,
         num_workers=workers,
+        planner=partial(plan_shapes, count=shapes) if shapes else None,
     )
 
 
-def read(databin: str, max_tokens: int, multiple: int, seq_multiple: int, workers: int) -> dict[str, Any]:
-    """Read an epoch as fast as it comes: its padding in percent, and batches and target tokens a second."""
+def read(
+    databin: str, max_tokens: int, multiple: int, seq_multiple: int, workers: int, shapes: int = 0
+) -> dict[str, Any]:
+    """Read an epoch as fast as it comes: its shapes and padding in percent, batches and target tokens a second."""
     dataset = TranslationData.open(DataConfig(databin), seq_multiple).load("train")
-    iterator = batches(dataset, max_tokens, multiple, workers)
-    count = iterator.n_batches
+    iterator = batches(dataset, max_tokens, multiple, workers, shapes)
+    count, tokens, seen = iterator.n_batches, 0, set()
     began = time.perf_counter()
-    tokens = sum(batch["ntokens"] for group in iterator.updates(1) for batch in group if batch is not None)
+    for group in iterator.updates(1):
+        for batch in group:
+            assert batch is not None
+            tokens += batch["ntokens"]
+            seen.add((batch["net_input"]["src_tokens"].shape, batch["net_input"]["prev_output_tokens"].shape))
     seconds = time.perf_counter() - began
     stats = iterator.take_stats()
     return {
         "batches": count,
+        "shapes": len(seen),
         "padding_percent": 100 * (1 - stats["tokens"] / stats["positions"]),
         "batches_per_second": count / seconds,
         "target_tokens_per_second": tokens / seconds,
@@ -172,6 +184,7 @@ def main() -> None:
     parser.add_argument("--plan-pairs", type=int, default=36_000_000, metavar="N", help="pairs to plan (0: do not)")
     parser.add_argument("--max-tokens", type=int, nargs="+", default=[4096, 16384], metavar="N", help="batch sizes")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="reading processes")
+    parser.add_argument("--batch-shapes", type=int, default=48, metavar="N", help="also with this many shapes")
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
     args = parser.parse_args()
     result: dict[str, Any] = {"cpus": os.cpu_count()}
@@ -183,17 +196,36 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             write_lengths(directory, args.plan_pairs)
             result["plan"] = [
-                {"pairs": args.plan_pairs, "max_tokens": n} | apart(plan, directory, n) for n in args.max_tokens
+                {"pairs": args.plan_pairs, "max_tokens": n, "batch_shapes": shapes} | apart(plan, directory, n, shapes)
+                for n in args.max_tokens
+                for shapes in (0, args.batch_shapes)
             ]
-        columns = ("pairs", "max_tokens", "batches", "open_seconds", "plan_seconds", "first_batch_seconds", "peak_mib")
+        columns = (
+            "pairs",
+            "max_tokens",
+            "batch_shapes",
+            "batches",
+            "open_seconds",
+            "plan_seconds",
+            "first_batch_seconds",
+            "peak_mib",
+        )
         report("planning an epoch", columns, result["plan"])
     result["padding"] = [
-        {"max_tokens": n, "batch_size_multiple": size, "seq_len_multiple": length}
-        | apart(read, args.databin, n, size, length, 0)
+        {"max_tokens": n, "batch_size_multiple": size, "seq_len_multiple": length, "batch_shapes": shapes}
+        | apart(read, args.databin, n, size, length, 0, shapes)
         for n in args.max_tokens
-        for size, length in ((1, 1), (8, 1), (8, 8))
+        for size, length, shapes in ((1, 1, 0), (8, 1, 0), (8, 8, 0), (8, 1, args.batch_shapes))
     ]
-    columns = ("max_tokens", "batch_size_multiple", "seq_len_multiple", "batches", "padding_percent")
+    columns = (
+        "max_tokens",
+        "batch_size_multiple",
+        "seq_len_multiple",
+        "batch_shapes",
+        "batches",
+        "shapes",
+        "padding_percent",
+    )
     report("padding, of source and target positions", columns, result["padding"])
     result["reading"] = [
         {"max_tokens": n, "workers": workers} | apart(read, args.databin, n, 8, 1, workers)

@@ -27,7 +27,7 @@ from fairseq.data.batching import (
 )
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from fairseq.data.translation import Batch, LanguagePairDataset
+from fairseq.data.translation import Batch, BatchShape, LanguagePairDataset
 from fairseq.errors import FairseqError
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=80)
@@ -232,7 +232,7 @@ def test_errors_of_reading_processes_are_one_line(dataset: LanguagePairDataset, 
 
 
 class _Deadly(LanguagePairDataset):
-    def collate(self, indices: np.ndarray) -> Batch:
+    def collate(self, indices: np.ndarray, shape: BatchShape | None = None) -> Batch:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 

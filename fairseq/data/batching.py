@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fairseq.data.translation import Batch, LanguagePairDataset
+from fairseq.data.translation import Batch, BatchShape, LanguagePairDataset
 from fairseq.errors import FairseqError
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,32 @@ def sort_by_length(
     return indices[keys]
 
 
+def sentence_costs(
+    src_sizes: np.ndarray,
+    tgt_sizes: np.ndarray | None,
+    indices: np.ndarray,
+    max_tokens: int | None,
+    max_sentences: int | None,
+    required_seq_len_multiple: int = 1,
+) -> np.ndarray:
+    """(len(indices),): the longer side of each sentence, as it is padded alone. Raises as `plan_batches` does."""
+    if max_tokens is None and max_sentences is None:
+        raise FairseqError("no limit on the batch size: give --max-tokens or --batch-size")
+    cost = src_sizes[indices]
+    if tgt_sizes is not None:
+        np.maximum(cost, tgt_sizes[indices], out=cost)
+    if required_seq_len_multiple > 1:
+        cost = -(-cost // required_seq_len_multiple) * required_seq_len_multiple
+    longest = int(cost.argmax()) if len(cost) else 0
+    if max_tokens is not None and len(cost) and cost[longest] > max_tokens:
+        padded = " with its padding (--required-seq-len-multiple)" if required_seq_len_multiple > 1 else ""
+        raise FairseqError(
+            f"sentence {indices[longest]} has {cost[longest]} tokens{padded}, more than --max-tokens {max_tokens}; "
+            "raise that, or leave such sentences out by smaller --max-source-positions and --max-target-positions"
+        )
+    return cost
+
+
 def plan_batches(
     src_sizes: np.ndarray,
     tgt_sizes: np.ndarray | None,
@@ -120,21 +146,8 @@ def plan_batches(
     is cut back to a multiple of ``required_batch_size_multiple`` where it has that many sentences; the rest begins the
     next one. Raises FairseqError when a sentence alone costs more, or neither limit is given.
     """
-    if max_tokens is None and max_sentences is None:
-        raise FairseqError("no limit on the batch size: give --max-tokens or --batch-size")
-    cost = src_sizes[indices]
-    if tgt_sizes is not None:
-        np.maximum(cost, tgt_sizes[indices], out=cost)
-    if required_seq_len_multiple > 1:
-        cost = -(-cost // required_seq_len_multiple) * required_seq_len_multiple
+    cost = sentence_costs(src_sizes, tgt_sizes, indices, max_tokens, max_sentences, required_seq_len_multiple)
     budget = 2**62 if max_tokens is None else max_tokens
-    longest = int(cost.argmax()) if len(cost) else 0
-    if len(cost) and cost[longest] > budget:
-        padded = " with its padding (--required-seq-len-multiple)" if required_seq_len_multiple > 1 else ""
-        raise FairseqError(
-            f"sentence {indices[longest]} has {cost[longest]} tokens{padded}, more than --max-tokens {max_tokens}; "
-            "raise that, or leave such sentences out by smaller --max-source-positions and --max-target-positions"
-        )
     batches, start, multiple = [], 0, required_batch_size_multiple
     limit = min(len(cost), budget, max_sentences or len(cost))
     counts = np.arange(1, limit + 1, dtype=np.int64)
@@ -209,15 +222,18 @@ def _each(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
 class _Collated(Dataset[Any]):
     """Batch number -> collated batch, or the error that collating raised: DataLoader would bury it in a traceback."""
 
-    def __init__(self, dataset: LanguagePairDataset, batches: Sequence[np.ndarray]) -> None:
-        self.dataset, self.batches = dataset, batches
+    def __init__(
+        self, dataset: LanguagePairDataset, batches: Sequence[np.ndarray], shapes: Sequence[BatchShape] | None
+    ) -> None:
+        self.dataset, self.batches, self.shapes = dataset, batches, shapes
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> _Arrays | FairseqError:
         try:
-            return _Arrays(self.dataset.collate(self.batches[number]))
+            shape = None if self.shapes is None else self.shapes[number]
+            return _Arrays(self.dataset.collate(self.batches[number], shape))
         except FairseqError as error:
             return error
 
@@ -243,14 +259,19 @@ def _obey_parent(_: int) -> None:
 
 
 def iterate_batches(
-    dataset: LanguagePairDataset, batches: Sequence[np.ndarray], num_workers: int = 0, pin_memory: bool = False
+    dataset: LanguagePairDataset,
+    batches: Sequence[np.ndarray],
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    shapes: Sequence[BatchShape] | None = None,
 ) -> Generator[Batch, None, None]:
     """Collate ``batches``, in order, ahead of their use in ``num_workers`` processes.
 
-    Raises FairseqError when collating does, and when one of those processes dies.
+    shapes: of each, if they are not to be as small as can be. Raises FairseqError when collating does, and when one of
+    those processes dies.
     """
     loader = DataLoader(
-        _Collated(dataset, batches),
+        _Collated(dataset, batches, shapes),
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=num_workers,
@@ -277,6 +298,9 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+Planner = Callable[..., list[tuple[np.ndarray, BatchShape]]]  # `fairseq.data.shapes.plan_shapes` without its count
+
+
 class EpochBatchIterator:
     """The training batches, epoch by epoch, for one of ``world_size`` processes.
 
@@ -286,7 +310,8 @@ class EpochBatchIterator:
     continues from a checkpoint, also with other values of the two.
 
     datasets: epoch -> the dataset of that epoch. max_positions: (source, target); longer sentences are left out with a
-    warning. Raises FairseqError as `select_by_size` and `plan_batches` do.
+    warning. planner: cuts batches of given shapes; None: batches are as small as can be. Raises FairseqError as
+    `select_by_size` and `plan_batches` do.
     """
 
     def __init__(
@@ -302,6 +327,7 @@ class EpochBatchIterator:
         world_size: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
+        planner: Planner | None = None,
     ) -> None:
         self.epoch = 1  # being trained, or about to be
         self.rank, self.world_size = rank, world_size
@@ -313,12 +339,14 @@ class EpochBatchIterator:
         }
         self._max_positions, self._seed = max_positions, seed
         self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._planner = planner
         self._selected: tuple[str, np.ndarray] | None = None  # of the dataset planned last: it is often the same again
-        self._plan: tuple[LanguagePairDataset, list[np.ndarray]] | None = None  # of this epoch, made when needed
+        # of this epoch, made when needed: batches and their shapes
+        self._plan: tuple[LanguagePairDataset, list[np.ndarray], list[BatchShape] | None] | None = None
         self._offset = 0  # global batches of this epoch handed out, those read ahead not counted
         self._stats = dict.fromkeys(DATA_STATS, 0.0)
 
-    def _planned(self) -> tuple[LanguagePairDataset, list[np.ndarray]]:
+    def _planned(self) -> tuple[LanguagePairDataset, list[np.ndarray], list[BatchShape] | None]:
         if self._plan is None:
             dataset = self._datasets(self.epoch)
             sizes = dataset.src_sizes, dataset.tgt_sizes
@@ -327,9 +355,13 @@ class EpochBatchIterator:
                 self._selected = name, select_by_size(*sizes, self._max_positions, name=name, skip=True)
             rng = np.random.default_rng([self._seed % 2**64, self.epoch])
             ordered = sort_by_length(*sizes, self._selected[1], rng)
-            multiple = dataset.required_seq_len_multiple
-            batches = plan_batches(*sizes, ordered, required_seq_len_multiple=multiple, **self._limits)
-            self._plan = dataset, [batches[i] for i in rng.permutation(len(batches))]
+            limits = self._limits | {"required_seq_len_multiple": dataset.required_seq_len_multiple}
+            if self._planner is None:
+                batches, shapes = plan_batches(*sizes, ordered, **limits), None
+            else:
+                batches, shapes = map(list, zip(*self._planner(*sizes, ordered, rng=rng, **limits), strict=True))
+            order = rng.permutation(len(batches))
+            self._plan = dataset, [batches[i] for i in order], shapes and [shapes[i] for i in order]
         return self._plan
 
     @property
@@ -358,8 +390,11 @@ class EpochBatchIterator:
         return self.first_batches(1)[0]
 
     def first_batches(self, count: int) -> list[Batch]:
-        """The first ``count`` global batches of this epoch, in training order. Raises FairseqError if it has fewer."""
-        dataset, batches = self._planned()
+        """The first ``count`` global batches of this epoch, in training order, without empty rows or needless padding.
+
+        Raises FairseqError if it has fewer.
+        """
+        dataset, batches, _ = self._planned()
         if count > len(batches):
             raise FairseqError(f"--profile-batches {count}: {dataset.src.prefix} has {len(batches)} batches an epoch")
         return [dataset.collate(batch) for batch in batches[:count]]
@@ -369,10 +404,12 @@ class EpochBatchIterator:
 
         All ranks get the same number of updates and micro-batches; one that runs out at the end gets None for a batch.
         """
-        dataset, batches = self._planned()
+        dataset, batches, shapes = self._planned()
         step = update_freq * self.world_size
-        own = batches[self._offset + self.rank :: self.world_size]
-        with contextlib.closing(iterate_batches(dataset, own, self._num_workers, self._pin_memory)) as reader:
+        own = slice(self._offset + self.rank, None, self.world_size)
+        own_shapes = None if shapes is None else shapes[own]
+        reading = iterate_batches(dataset, batches[own], self._num_workers, self._pin_memory, own_shapes)
+        with contextlib.closing(reading) as reader:
             for first in range(self._offset, len(batches), step):
                 end = min(first + step, len(batches))
                 starts = range(first, end, self.world_size)

@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -29,14 +29,22 @@ class NetInput(TypedDict):
     """The arguments of the model, by name; all int64."""
 
     src_tokens: Tensor  # (batch, src_len)
-    src_lengths: Tensor  # (batch,)
+    src_lengths: Tensor  # (batch,); 0 for an empty row
     prev_output_tokens: Tensor  # (batch, tgt_len): </s>, then the target but for its last token; (batch, 1) without one
 
 
-class Batch(TypedDict):
-    """Some sentence pairs, padded."""
+class BatchShape(NamedTuple):
+    """Rows, and tokens of each side, padding included."""
 
-    id: Tensor  # (batch,) int64, positions in the dataset
+    rows: int
+    src_len: int
+    tgt_len: int
+
+
+class Batch(TypedDict):
+    """Some sentence pairs, padded; (batch,) is (nsentences,) plus empty rows, which count nowhere, if there are any."""
+
+    id: Tensor  # (nsentences,) int64, positions in the dataset
     nsentences: int
     ntokens: int  # target tokens without padding; source tokens where there is no target
     net_input: NetInput
@@ -82,28 +90,36 @@ class LanguagePairDataset:
         """Tokens of each target sentence, ``</s>`` included: (sentences,) int32."""
         return None if self.tgt is None else self.tgt.sizes
 
-    def collate(self, indices: np.ndarray) -> Batch:
-        """The batch of sentences ``indices``, in that order."""
+    def collate(self, indices: np.ndarray, shape: BatchShape | None = None) -> Batch:
+        """The batch of sentences ``indices``, in that order; of ``shape``, if that is given, which they must fit into.
+
+        An empty row is a lone ``</s>`` on both sides, so that attention has something to attend to, with no target.
+        """
         indices = np.asarray(indices, dtype=np.int64)
-        sizes = self.src.sizes[indices].astype(np.int64)
-        if self.max_source_length is not None:
-            sizes = np.minimum(sizes, self.max_source_length)
+        shape = shape or self._smallest_shape(indices)
+        empty = shape.rows - len(indices)
+        sizes = self._source_sizes(indices)
         tokens = _gather(self.src, indices, sizes, self.src_dict)
         if self.max_source_length is not None:
             tokens[np.cumsum(sizes) - 1] = self.src_dict.eos()
-        source = _pad(tokens, sizes, self.src_dict.pad(), self.left_pad_source, self.required_seq_len_multiple)
-        eos, pad, multiple = self.tgt_dict.eos(), self.tgt_dict.pad(), self.required_seq_len_multiple
+        source = _pad(tokens, sizes, shape.src_len, self.src_dict.pad(), self.left_pad_source)
+        eos, pad = self.tgt_dict.eos(), self.tgt_dict.pad()
         target, ntokens = None, int(sizes.sum())
         prev_output_tokens = np.full((len(indices), 1), eos, np.int64)
         if self.tgt is not None:
             tgt_sizes = self.tgt.sizes[indices].astype(np.int64)
             tokens = _gather(self.tgt, indices, tgt_sizes, self.tgt_dict)
-            target = _pad(tokens, tgt_sizes, pad, self.left_pad_target, multiple)
+            target = _pad(tokens, tgt_sizes, shape.tgt_len, pad, self.left_pad_target)
             shifted = np.empty_like(tokens)
             shifted[1:] = tokens[:-1]
             shifted[np.cumsum(tgt_sizes) - tgt_sizes] = eos
-            prev_output_tokens = _pad(shifted, tgt_sizes, pad, self.left_pad_target, multiple)
+            prev_output_tokens = _pad(shifted, tgt_sizes, shape.tgt_len, pad, self.left_pad_target)
             ntokens = int(tgt_sizes.sum())
+        if empty:
+            source = _add_rows(source, empty, self.src_dict.pad(), self.src_dict.eos(), self.left_pad_source)
+            prev_output_tokens = _add_rows(prev_output_tokens, empty, pad, eos, self.left_pad_target)
+            target = None if target is None else _add_rows(target, empty, pad, pad, self.left_pad_target)
+            sizes = np.append(sizes, np.zeros(empty, np.int64))
         return {
             "id": torch.from_numpy(indices),
             "nsentences": len(indices),
@@ -115,6 +131,15 @@ class LanguagePairDataset:
             },
             "target": None if target is None else torch.from_numpy(target),
         }
+
+    def _source_sizes(self, indices: np.ndarray) -> np.ndarray:
+        sizes = self.src.sizes[indices].astype(np.int64)
+        return sizes if self.max_source_length is None else np.minimum(sizes, self.max_source_length)
+
+    def _smallest_shape(self, indices: np.ndarray) -> BatchShape:
+        sides = self._source_sizes(indices), indices[:0] if self.tgt is None else self.tgt.sizes[indices]
+        multiple = self.required_seq_len_multiple
+        return BatchShape(len(indices), *(-(-int(sizes.max(initial=0)) // multiple) * multiple for sizes in sides))
 
 
 def _positions_in_row(sizes: np.ndarray) -> np.ndarray:
@@ -134,13 +159,19 @@ def _gather(side: IndexedDataset, indices: np.ndarray, sizes: np.ndarray, dictio
     return tokens
 
 
-def _pad(tokens: np.ndarray, sizes: np.ndarray, pad: int, left: bool, multiple: int) -> np.ndarray:
-    """Rows of ``sizes`` tokens as an array (rows, the longest one's tokens rounded up to a ``multiple``)."""
-    width = -(-int(sizes.max()) // multiple) * multiple if len(sizes) else 0
+def _pad(tokens: np.ndarray, sizes: np.ndarray, width: int, pad: int, left: bool) -> np.ndarray:
+    """Rows of ``sizes`` tokens as an array (rows, width)."""
     padded = np.full((len(sizes), width), pad, np.int64)
     first = np.arange(len(sizes)) * width + (width - sizes if left else 0)
     padded.reshape(-1)[np.repeat(first, sizes) + _positions_in_row(sizes)] = tokens
     return padded
+
+
+def _add_rows(padded: np.ndarray, count: int, pad: int, token: int, left: bool) -> np.ndarray:
+    """``padded`` with ``count`` more rows of a single token."""
+    rows = np.full((count, padded.shape[1]), pad, np.int64)
+    rows[:, -1 if left else 0] = token
+    return np.concatenate([padded, rows])
 
 
 def _language_pairs(data_dir: str | os.PathLike[str]) -> set[tuple[str, str]]:

@@ -17,6 +17,11 @@ class TrainDataConfig:
     """Which subset to train on, and when to validate."""
 
     train_subset: str = flag("train", "subset to train on", metavar="SPLIT")
+    batch_shapes: int = flag(
+        0,
+        "pad training batches to at most N shapes, chosen for the least padding (0: each as small as it can be)",
+        least=0,
+    )
     validate_interval: int = flag(1, "validate every N epochs", least=1)
     validate_interval_updates: int = flag(0, "validate every N updates too", least=0)
     disable_validation: bool = flag(False, "do not validate")

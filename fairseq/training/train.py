@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
+from functools import partial
 
 import torch
 
 from fairseq.admin.residual import PROFILING
 from fairseq.data.batching import EpochBatchIterator
+from fairseq.data.shapes import plan_shapes
 from fairseq.data.translation import TranslationData
 from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import Transformer
@@ -46,6 +48,7 @@ def train(args: Namespace, world: World) -> None:
             world_size=world.size,
             num_workers=args.num_workers,
             pin_memory=world.device.type == "cuda",
+            planner=partial(plan_shapes, count=args.batch_shapes) if args.batch_shapes else None,
         )
         if args.init_type == PROFILING and world.is_master:
             profile_to_file(args, model, itr, world)
