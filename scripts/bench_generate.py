@@ -29,6 +29,7 @@ from fairseq.errors import FairseqError
 from fairseq.generation import translate
 from fairseq.generation.translate import load_ensemble, translate_ids
 from fairseq.options import GenerationConfig
+from fairseq.utils.devices import choose_dtype
 from fairseq.utils.io import atomic_write
 from fairseq.utils.memory import keep_freed_memory
 
@@ -81,7 +82,8 @@ def native(args: argparse.Namespace, one: Row, sources: list[Tensor], device: st
             reference_search(models, batch.src_tokens, cfg, **options) for batch in batches
         )
     precision = one["precision"]
-    models, _ = load_ensemble(args.path.split(":"), device=device, fp16=precision == "fp16", bf16=precision == "bf16")
+    dtype = choose_dtype(torch.device(device), precision == "fp16", precision == "bf16")
+    models, _ = load_ensemble(args.path.split(":"), device=device, dtype=dtype)
     cfg = GenerationConfig(beam=one["beam"])
 
     def run(count: int) -> int:

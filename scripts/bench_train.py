@@ -33,11 +33,12 @@ from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import PADDING_IDX
 from fairseq.modules.positional_embedding import PositionalEmbedding
 from fairseq.options import DataConfig, parse_train_args, section
-from fairseq.training.distributed import World, choose_device
+from fairseq.training.distributed import World
 from fairseq.training.flops import device_peak_flops, training_flops
 from fairseq.training.precision import autocast
 from fairseq.training.train import build_model
 from fairseq.training.trainer import Trainer, to_device
+from fairseq.utils.devices import choose_device
 from fairseq.utils.io import atomic_write
 from fairseq.utils.memory import keep_freed_memory, peak_memory
 

@@ -34,7 +34,7 @@ import torch
 
 from fairseq import admin
 from fairseq.checkpoint import build_from_checkpoint, load_checkpoint, updates_of, without_optimizer
-from fairseq.cli.generate import parse_generation_args
+from fairseq.cli.generate import check_generation_flags
 from fairseq.clinic.omega import read_omega
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.encoders import make_text_pipeline
@@ -245,7 +245,7 @@ def _check_options(data: bytes) -> None:
         if command == "train":
             parse_train_args(argv)
         elif command == "generate":
-            parse_generation_args("fairseq-generate", "", GENERATE_SECTIONS, argv)
+            parse_args("fairseq-generate", "", GENERATE_SECTIONS, argv, check_generation_flags)
         else:
             parse_args("fairseq-preprocess", "", ((PreprocessConfig, "preprocessing"),), argv)
     except SystemExit as error:

@@ -54,6 +54,12 @@ CASES = {
         "generate bin --path toy.pt --fp16 --bf16",
         "validate bin --path toy.pt --fp16 --bf16",
     ],
+    "--fp16 needs a GPU; on": [f"{TRAIN} --max-epoch 1 --fp16", "interactive bin --path toy.pt --fp16 --cpu"],
+    "--fp16 needs a GPU and": [
+        "train bin --max-tokens 100 --max-epoch 1 --fp16 --save-dir out",
+        "generate bin --path toy.pt --fp16",
+        "validate bin --path toy.pt --fp16",
+    ],
     "--user-dir *: no package": [f"{RUN} --user-dir bin"],
     "--user-dir *: * on import": [f"{RUN} --user-dir user_broken"],
     "* '*' is registered twice": [f"{RUN} --user-dir user_twice"],
@@ -190,8 +196,6 @@ CASES = {
     # fairseq-train
     "give --max-tokens or": ["train bin --max-epoch 1 --save-dir out"],
     "training would never": [f"{TRAIN} --train-subset test"],
-    "--fp16 needs a GPU; on": [f"{TRAIN} --max-epoch 1 --fp16"],
-    "--fp16 needs a GPU and": ["train bin --max-tokens 100 --max-epoch 1 --fp16 --save-dir out"],
     "--offload-activations": [f"{RUN} --offload-activations"],
     "--checkpoint-activations-every": [f"{RUN} --checkpoint-activations-every 2"],
     "--best-checkpoint-metric": [f"{RUN} --best-checkpoint-metric bleu --maximize-best-checkpoint-metric"],

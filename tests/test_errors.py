@@ -177,11 +177,9 @@ def test_as_processes(material, start):
 # -- every error of the package has a row
 
 # Calls that say an error -> what comes before its text in the message
-ERRORS = {"FairseqError": "", "error": "", "usage_error": "", "ArgumentTypeError": "argument *: "}
+ERRORS = {"FairseqError": "", "error": "", "ArgumentTypeError": "argument *: "}
 FORWARDED = {  # file, expression: texts that are made elsewhere
-    ("cli/generate.py", "str(error)"): "a FairseqError",
-    ("cli/interactive.py", "str(error)"): "a FairseqError",
-    ("cli/validate.py", "str(error)"): "a FairseqError",
+    ("options/parsing.py", "str(error)"): "a FairseqError",
     ("training/distributed.py", "errors.get()"): "a FairseqError of another process",
 }
 

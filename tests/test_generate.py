@@ -358,7 +358,6 @@ def test_errors_are_one_line(toy, capsys, tmp_path):
         ("no split 'dev'", databin, "--path", path, "--gen-subset", "dev"),
         ("--shard-id 2", databin, "--path", path, "--num-shards", 2, "--shard-id", 2),
         ("'layers' is no setting", databin, "--path", path, "--model-overrides", '{"layers": 2}'),
-        ("--fp16 needs a GPU", databin, "--path", path, "--fp16"),
         ("--replace-unk", databin, "--path", path, "--replace-unk", tmp_path / "none"),
         ("--max-source-positions 3", databin, "--path", path, "--max-source-positions", 3),
     ]
@@ -375,6 +374,7 @@ def test_usage_errors(toy, capsys):
     assert_fails(capsys, 2, "--nbest 9", databin, "--path", path, "--nbest", 9)
     assert_fails(capsys, 2, "--batch-size", databin, "--path", path, "--batch-size", 0)
     assert_fails(capsys, 2, "--prefix-size: -1", databin, "--path", path, "--prefix-size", -1)
+    assert_fails(capsys, 2, "--fp16 needs a GPU", databin, "--path", path, "--fp16", "--cpu")
     assert_fails(capsys, 2, "contradict", databin, "--path", path, "--fp16", "--bf16")
     assert_fails(capsys, 2, "--beem", databin, "--path", path, "--beem", 3)
 

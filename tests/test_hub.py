@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 
+from fairseq.checkpoint import load_checkpoint
 from fairseq.errors import FairseqError
+from fairseq.generation import translate
 from fairseq.models import TransformerModel
 from tests.toys import toy_model, toy_sentences, write_toy_checkpoint, write_toy_databin
 
@@ -141,6 +144,25 @@ def test_ensemble_absolute_data_path_and_languages(directory):
     )
     assert len(both.models) == 2
     assert isinstance(both.translate("a b"), str)
+
+
+class _State(dict):
+    """A dict that can be seen to go."""
+
+
+def test_of_an_ensemble_one_checkpoint_is_in_memory_at_a_time(directory, monkeypatch):
+    read: list[weakref.ref] = []
+
+    def load(path):
+        assert all(state() is None for state in read)
+        state = _State(load_checkpoint(path))
+        read.append(weakref.ref(state))
+        return state
+
+    monkeypatch.setattr(translate, "load_checkpoint", load)
+    models, first = translate.load_ensemble([str(directory / "model.pt")] * 3)
+    assert len(models) == len(read) == 3
+    assert "args" in first and not {"model", "last_optimizer_state"} & first.keys()
 
 
 def test_moving_models(directory):

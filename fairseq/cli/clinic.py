@@ -34,7 +34,7 @@ from fairseq.options import (
     parse_train_args,
     section,
 )
-from fairseq.training.distributed import choose_device
+from fairseq.utils.devices import choose_device
 from fairseq.utils.io import atomic_write
 
 MEASURE = ((ClinicDataConfig, "data"), (ClinicConfig, "what to measure"), (ArchConfig, "model"))

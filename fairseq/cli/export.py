@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from fairseq.cli import command
-from fairseq.export import FORMATS
-from fairseq.options import ExportConfig, Sections, make_parser, parse_args, section
+from argparse import Namespace
 
-SECTIONS: Sections = ((ExportConfig, "export"),)
+from fairseq.cli import command
+from fairseq.errors import FairseqError
+from fairseq.export import FORMATS
+from fairseq.options import ExportConfig, parse_args, section
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Parse, export, say what was done."""
-    prog, description = "fairseq-export", "Write a trained model without what only training needs, for other programs."
-    args = parse_args(prog, description, SECTIONS, argv)
-    if not args.output:
-        make_parser(prog, description, SECTIONS).error("--output DIR is missing")
+    description = "Write a trained model without what only training needs, for other programs."
+    args = parse_args("fairseq-export", description, ((ExportConfig, "export"),), argv, _check)
     print(*FORMATS[args.format](section(ExportConfig, args)), sep="\n")
+
+
+def _check(args: Namespace) -> None:
+    if not args.output:
+        raise FairseqError("--output DIR is missing")
 
 
 if __name__ == "__main__":

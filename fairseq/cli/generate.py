@@ -34,13 +34,11 @@ from fairseq.options import (
     GENERATE_SECTIONS,
     GenerationConfig,
     ReferenceConfig,
-    Sections,
-    make_parser,
     parse_args,
     section,
 )
-from fairseq.training.distributed import choose_device
 from fairseq.training.logging import choose_log_format
+from fairseq.utils.devices import choose_device
 from fairseq.utils.io import atomic_write
 from fairseq.utils.memory import keep_freed_memory
 from fairseq.utils.progress import batch_progress
@@ -48,18 +46,11 @@ from fairseq.utils.progress import batch_progress
 logger = logging.getLogger(__name__)
 
 
-def parse_generation_args(prog: str, description: str, sections: Sections, argv: list[str] | None) -> Namespace:
-    """Parse a command that translates. Exits with status 2 on flags that are out of range or contradict each other."""
-    args = parse_args(prog, description, sections, argv)
-    try:
-        check_generation_config(section(GenerationConfig, args))
-        if not args.path and not getattr(args, "model", None):
-            raise FairseqError("--path FILE is missing: the checkpoint to translate with")
-        if args.fp16 and args.bf16:
-            raise FairseqError("--fp16 and --bf16 contradict each other; give one")
-    except FairseqError as error:
-        make_parser(prog, description, sections).error(str(error))
-    return args
+def check_generation_flags(args: Namespace) -> None:
+    """Raise FairseqError for flags of a command that translates which are out of range or contradict each other."""
+    check_generation_config(section(GenerationConfig, args))
+    if not args.path and not getattr(args, "model", None):
+        raise FairseqError("--path FILE is missing: the checkpoint to translate with")
 
 
 def text_pipeline(args: Namespace, data: TranslationData) -> TextPipeline:
@@ -91,7 +82,7 @@ def text_format(args: Namespace, data: TranslationData, pipeline: TextPipeline) 
 def main(argv: list[str] | None = None) -> None:
     """Parse, translate, print."""
     description = "Translate a subset of a data-bin with beam search or sampling, and score the result."
-    args = parse_generation_args("fairseq-generate", description, GENERATE_SECTIONS, argv)
+    args = parse_args("fairseq-generate", description, GENERATE_SECTIONS, argv, check_generation_flags)
     keep_freed_memory()
     with _open_results(args) as out:
         result = _generate(args, out)
@@ -178,7 +169,7 @@ def _open_backend(
         token_scores = not args.quiet or references.score_reference
         translate = partial(model.translate_dataset, cfg=cfg, references=references, token_scores=token_scores)
         return translate, data, model.max_target_positions
-    models, data = open_models_and_data(args, choose_device(args.cpu))
+    models, data, _ = open_models_and_data(args, choose_device(args.cpu))
     search = partial(translate_dataset, models, cfg=cfg, seed=args.seed, references=references)
     return search, data, longest_target(models)
 

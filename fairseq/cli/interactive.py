@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fairseq.cli import command
-from fairseq.cli.generate import parse_generation_args, text_format, text_pipeline
+from fairseq.cli.generate import check_generation_flags, text_format, text_pipeline
 from fairseq.data.dictionary import post_process
 from fairseq.data.translation import TranslationData
 from fairseq.errors import FairseqError
@@ -26,8 +26,8 @@ from fairseq.generation.translate import Translation, encode_source, open_models
 from fairseq.interactive import prompt
 from fairseq.models.hub import TransformerModel
 from fairseq.models.transformer import Transformer
-from fairseq.options import INTERACTIVE_SECTIONS, GenerationConfig, ServeConfig, make_parser, section
-from fairseq.training.distributed import choose_device
+from fairseq.options import INTERACTIVE_SECTIONS, GenerationConfig, ServeConfig, parse_args, section
+from fairseq.utils.devices import choose_device
 from fairseq.utils.io import refuse_bom
 from fairseq.utils.memory import keep_freed_memory
 
@@ -38,15 +38,11 @@ logger = logging.getLogger(__name__)
 def main(argv: list[str] | None = None) -> None:
     """Parse, read, translate, print."""
     description = "Translate raw text, one sentence a line: a prompt on a terminal, else standard input or a file."
-    args = parse_generation_args("fairseq-interactive", description, INTERACTIVE_SECTIONS, argv)
+    args = parse_args("fairseq-interactive", description, INTERACTIVE_SECTIONS, argv, _check)
     cfg: GenerationConfig = section(GenerationConfig, args)
-    try:
-        named = _named_models(args)
-    except FairseqError as error:
-        make_parser("fairseq-interactive", description, INTERACTIVE_SECTIONS).error(str(error))
     keep_freed_memory()
     if args.serve is not None:
-        _serve(args, named)
+        _serve(args)
     elif args.input == "-" and sys.stdin.isatty() and sys.stdout.isatty():
         model, settings = _text_model(args, args.path), _settings(args)
         summed = cfg.unnormalized or cfg.lenpen != 1
@@ -56,8 +52,9 @@ def main(argv: list[str] | None = None) -> None:
         _translate_lines(args, cfg)
 
 
-def _named_models(args: Namespace) -> dict[str, str]:
-    """Paths by name, as ``--model`` and ``--path`` give them. Raises FairseqError for flags that contradict."""
+def _check(args: Namespace) -> None:
+    """Raise FairseqError for flags that are out of range or contradict each other."""
+    check_generation_flags(args)
     if args.serve is None:
         for given, name in (
             (args.model, "--model"),
@@ -65,9 +62,14 @@ def _named_models(args: Namespace) -> dict[str, str]:
         ):
             if given:
                 raise FairseqError(f"{name} does nothing without --serve")
-        return {}
+        return
     if args.input != "-" or args.buffer_size > 1:
         raise FairseqError("--serve reads no lines; leave --input and --buffer-size out")
+    _named_models(args)
+
+
+def _named_models(args: Namespace) -> dict[str, str]:
+    """Paths by name, as ``--model`` and ``--path`` give them. Raises FairseqError for two of one name."""
     named = {"+".join(Path(part).name for part in args.path.split(":")): args.path} if args.path else {}
     for item in args.model:
         name, equals, path = item.partition("=")
@@ -79,7 +81,7 @@ def _named_models(args: Namespace) -> dict[str, str]:
     return named
 
 
-def _serve(args: Namespace, named: dict[str, str]) -> None:
+def _serve(args: Namespace) -> None:
     try:
         from fairseq.interactive import server
     except ModuleNotFoundError as error:
@@ -87,7 +89,7 @@ def _serve(args: Namespace, named: dict[str, str]) -> None:
             f"--serve needs {error.name}, which is not installed: pip install 'transformer-clinic[serve]'"
         ) from error
     with server.bind(args.serve) as sock:  # before models load, which takes time: the port may be taken
-        models = {name: _text_model(args, path) for name, path in named.items()}
+        models = {name: _text_model(args, path) for name, path in _named_models(args).items()}
         server.run(sock, models, _settings(args), args.serve_timeout)
 
 
@@ -96,7 +98,8 @@ def _open(args: Namespace, path: str) -> tuple[list[Transformer] | CTranslate2Mo
     args = Namespace(**(vars(args) | {"path": path}))
     if args.backend == "ctranslate2":
         return open_ctranslate2(args, threads=torch.get_num_threads())
-    return open_models_and_data(args, choose_device(args.cpu))
+    models, data, _ = open_models_and_data(args, choose_device(args.cpu))
+    return models, data
 
 
 def _text_model(args: Namespace, path: str) -> TransformerModel:

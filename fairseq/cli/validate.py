@@ -10,14 +10,16 @@ from typing import Any
 
 from fairseq.checkpoint import updates_of
 from fairseq.cli import command
-from fairseq.generation.translate import DEFAULT_MAX_TOKENS, load_ensemble, longest_source, longest_target, open_data
+from fairseq.errors import FairseqError
+from fairseq.generation.translate import DEFAULT_MAX_TOKENS, longest_source, longest_target, open_models_and_data
 from fairseq.models.transformer import PADDING_IDX
-from fairseq.options import VALIDATE_SECTIONS, make_parser, parse_args
+from fairseq.options import VALIDATE_SECTIONS, parse_args
 from fairseq.registry import CRITERIONS
-from fairseq.training.distributed import World, choose_device
+from fairseq.training.distributed import World
 from fairseq.training.logging import TrainLog, choose_log_format
 from fairseq.training.trainer import component
 from fairseq.training.validation import Validator
+from fairseq.utils.devices import choose_device
 from fairseq.utils.progress import batch_progress
 
 logger = logging.getLogger(__name__)
@@ -25,20 +27,10 @@ logger = logging.getLogger(__name__)
 
 def _main(argv: list[str] | None = None) -> None:
     description = "Measure the loss of a checkpoint on subsets of a data-bin."
-    args = parse_args("fairseq-validate", description, VALIDATE_SECTIONS, argv)
-    usage_error = make_parser("fairseq-validate", description, VALIDATE_SECTIONS).error
-    if not args.path:
-        usage_error("--path FILE is missing: the checkpoint to validate")
-    if ":" in args.path:
-        usage_error("--path: fairseq-validate takes one checkpoint, not an ensemble")
-    if args.fp16 and args.bf16:
-        usage_error("--fp16 and --bf16 contradict each other; give one")
+    args = parse_args("fairseq-validate", description, VALIDATE_SECTIONS, argv, _check)
     world = World(0, 1, choose_device(args.cpu))
-    models, state = load_ensemble(
-        [args.path], args.model_overrides, device=world.device, fp16=args.fp16, bf16=args.bf16
-    )
+    models, data, state = open_models_and_data(args, world.device)
     trained: dict[str, Any] = state["args"]
-    data = open_data(args, models, trained)
     args.max_source_positions = longest_source(models, args.max_source_positions)
     args.max_target_positions = longest_target(models, args.max_target_positions)
     name = trained.get("criterion", "cross_entropy")
@@ -59,6 +51,13 @@ def _main(argv: list[str] | None = None) -> None:
             log=logger,
         )
         log.summary(subset, None, validator.measure(subset, watch), updates_of(state))
+
+
+def _check(args: Namespace) -> None:
+    if not args.path:
+        raise FairseqError("--path FILE is missing: the checkpoint to validate")
+    if ":" in args.path:
+        raise FairseqError("--path: fairseq-validate takes one checkpoint, not an ensemble")
 
 
 def main(argv: list[str] | None = None) -> None:

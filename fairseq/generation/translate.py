@@ -24,6 +24,7 @@ from fairseq.generation.score_reference import score_reference
 from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import Transformer
 from fairseq.options import DataConfig, GenerationConfig, ReferenceConfig, section
+from fairseq.utils.devices import choose_dtype
 
 NO_REFERENCES = ReferenceConfig()
 DEFAULT_MAX_TOKENS = 12000  # source tokens in a batch when neither --max-tokens nor --batch-size is given
@@ -48,37 +49,33 @@ def load_ensemble(
     overrides: dict[str, Any] | None = None,
     *,
     device: str | torch.device = "cpu",
-    fp16: bool = False,
-    bf16: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[list[Transformer], dict[str, Any]]:
-    """The models of one or more checkpoints, in eval mode on ``device``, and what the first holds besides parameters.
+    """The models of one or more checkpoints, in eval mode, and what the first holds besides parameters and the
+    optimiser's state.
 
-    overrides: settings to change. Raises FairseqError when one of these does not exist, a checkpoint cannot be read,
-    dictionaries differ in size, or the precision is impossible.
+    overrides: settings to change. One checkpoint is in memory at a time. Raises FairseqError when a setting does not
+    exist, a checkpoint cannot be read, or dictionaries differ in size.
     """
     unknown = (overrides or {}).keys() - {field.name for field in fields(TransformerConfig)}
     if unknown:
         raise FairseqError(f"model overrides: '{min(unknown)}' is no setting of a Transformer")
-    device = torch.device(device)
-    if fp16 and bf16:
-        raise FairseqError("--fp16 and --bf16 contradict each other; give one")
-    if fp16 and device.type == "cpu":
-        raise FairseqError("--fp16 needs a GPU; on the CPU use --bf16 or float32")
     if "" in paths:
         raise FairseqError(f"--path {':'.join(paths)}: name a checkpoint, or several with a colon between them")
-    states = [load_checkpoint(part) for part in paths]
-    models = [build_from_checkpoint(state, part, overrides) for state, part in zip(states, paths, strict=True)]
-    sizes = [(m.encoder.embed_tokens.num_embeddings, m.decoder.embed_tokens.num_embeddings) for m in models]
-    for part, size in zip(paths, sizes, strict=True):
-        if size != sizes[0]:
+    models: list[Transformer] = []
+    first: dict[str, Any] = {}
+    for path in paths:
+        state = load_checkpoint(path)
+        models.append(build_from_checkpoint(state, path, overrides).to(device=device, dtype=dtype))
+        first = first or {k: v for k, v in state.items() if k not in ("model", "last_optimizer_state")}
+        del state  # before the next is read
+        sizes = [(m.encoder.embed_tokens.num_embeddings, m.decoder.embed_tokens.num_embeddings) for m in models]
+        if sizes[-1] != sizes[0]:
             raise FairseqError(
-                f"{part} has dictionaries of {size[0]} and {size[1]} entries, {paths[0]} of {sizes[0][0]} and "
-                f"{sizes[0][1]}; an ensemble needs models of the same data"
+                f"{path} has dictionaries of {sizes[-1][0]} and {sizes[-1][1]} entries, {paths[0]} of {sizes[0][0]} "
+                f"and {sizes[0][1]}; an ensemble needs models of the same data"
             )
-    dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
-    return [model.to(device=device, dtype=dtype).eval() for model in models], {
-        k: v for k, v in states[0].items() if k != "model"
-    }
+    return models, first
 
 
 def without_padding(tokens: Tensor) -> Tensor:
@@ -218,22 +215,23 @@ def _batches(
         }
 
 
-def open_models_and_data(args: Namespace, device: str | torch.device) -> tuple[list[Transformer], TranslationData]:
-    """The models of ``args.path`` and the data-bin ``args.data``, checked against each other.
+def open_models_and_data(
+    args: Namespace, device: torch.device
+) -> tuple[list[Transformer], TranslationData, dict[str, Any]]:
+    """The models of ``args.path``, the data-bin ``args.data``, checked against each other, and what else the first
+    checkpoint holds, as ``load_ensemble`` returns it.
 
     Languages come from ``-s`` and ``-t``, else from the first checkpoint if the data-bin has dictionaries of that name,
-    else from the data-bin's file names. Raises FairseqError when anything is missing or does not fit.
+    else from the data-bin's file names. Raises FairseqError when anything is missing or does not fit, and as
+    ``choose_dtype``.
     """
-    paths = args.path.split(":")
-    models, state = load_ensemble(paths, args.model_overrides, device=device, fp16=args.fp16, bf16=args.bf16)
-    return models, open_data(args, models, state["args"])
+    dtype = choose_dtype(device, args.fp16, args.bf16)
+    models, state = load_ensemble(args.path.split(":"), args.model_overrides, device=device, dtype=dtype)
+    return models, _open_data(args, models, state["args"]), state
 
 
-def open_data(args: Namespace, models: Sequence[Transformer], settings: dict[str, Any]) -> TranslationData:
-    """The data-bin ``args.data``, checked against the models of ``args.path``, the first of which has ``settings``.
-
-    Raises FairseqError when anything is missing or does not fit.
-    """
+def _open_data(args: Namespace, models: Sequence[Transformer], settings: dict[str, Any]) -> TranslationData:
+    """settings: of the first checkpoint; for the rest ``open_models_and_data``."""
     config: DataConfig = section(DataConfig, args)
     data_dir = config.data.split(":")[0]
     config = replace(config, max_source_positions=longest_source(models, config.max_source_positions))

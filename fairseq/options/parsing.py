@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from fairseq import __version__
+from fairseq.errors import FairseqError
 from fairseq.options.clinic import ClinicDepthConfig
 from fairseq.options.common import CommonConfig, LogConfig
 from fairseq.options.data import DataConfig, SubsetConfig
@@ -100,10 +102,26 @@ def make_parser(prog: str, description: str, sections: Sections) -> argparse.Arg
     return parser
 
 
-def parse_args(prog: str, description: str, sections: Sections, argv: list[str] | None) -> argparse.Namespace:
-    """Parse a command that has no interchangeable parts. Exits with status 2 on a usage error."""
+def parse_args(
+    prog: str,
+    description: str,
+    sections: Sections,
+    argv: list[str] | None,
+    check: Callable[[argparse.Namespace], None] = lambda args: None,
+) -> argparse.Namespace:
+    """Parse a command that has no interchangeable parts. Exits with status 2 on a usage error.
+
+    check: raises FairseqError for flags that contradict each other, which is a usage error.
+    """
     _load_user_dir(argv)
-    return make_parser(prog, description, sections).parse_args(argv)
+    parser = make_parser(prog, description, sections)
+    args = parser.parse_args(argv)
+    _check_precision(parser, args)
+    try:
+        check(args)
+    except FairseqError as error:
+        parser.error(str(error))
+    return args
 
 
 def _load_user_dir(argv: list[str] | None) -> None:
@@ -170,6 +188,7 @@ def parse_train_args(
     args = parser.parse_args(argv)
     _check_init_type_flags(parser, args)
     vars(args).update(resolve_architecture(args.arch, vars(args)))
+    _check_precision(parser, args)
     _check_contradictions(parser, args)
     return args
 
@@ -189,13 +208,19 @@ def _check_init_type_flags(parser: argparse.ArgumentParser, args: argparse.Names
             parser.error(f"{flag_name} does nothing with --init-type {args.init_type}; it is for {init_type}")
 
 
+def _check_precision(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    fp16, bf16, cpu = (getattr(args, name, False) for name in ("fp16", "bf16", "cpu"))
+    if fp16 and bf16:
+        parser.error("--fp16 and --bf16 contradict each other; give one")
+    if fp16 and cpu:
+        parser.error("--fp16 needs a GPU; on the CPU use --bf16 or float32")
+
+
 def _check_contradictions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     bleu, largest = args.best_checkpoint_metric == "bleu", args.maximize_best_checkpoint_metric
     finetunes = args.finetune_from_model is not None
     checkpoints = args.checkpoint_activations or args.offload_activations
     for wrong, message in (
-        (args.fp16 and args.bf16, "--fp16 and --bf16 contradict each other; give one"),
-        (args.fp16 and args.cpu, "--fp16 needs a GPU; on the CPU use --bf16 or float32"),
         (args.max_tokens is None and args.batch_size is None, "give --max-tokens or --batch-size"),
         (bleu and not args.eval_bleu, "--best-checkpoint-metric bleu needs --eval-bleu"),
         (bleu != largest, "bleu as --best-checkpoint-metric, and only bleu, needs --maximize-best-checkpoint-metric"),

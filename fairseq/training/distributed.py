@@ -32,6 +32,7 @@ from fairseq.training.heartbeat import LOST_STATUS, Heartbeat, LostProcess, end_
 from fairseq.training.logging import DATE_FORMAT, LINE_FORMAT
 from fairseq.training.sharding import shard
 from fairseq.training.signals import STOP_SIGNALS, STOP_STATUSES, exit_status
+from fairseq.utils.devices import choose_device, choose_dtype
 
 # What gloo says when a process has gone; NCCL does not return, its process is ended with the others
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -101,25 +102,14 @@ class World:
         )
 
 
-def choose_device(cpu: bool, local_rank: int = 0) -> torch.device:
-    """A visible GPU, or the CPU if there is none or ``cpu`` is set."""
-    if cpu or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise FairseqError(
-            f"process {local_rank} has no GPU: {torch.cuda.device_count()} visible; start fewer processes or use --cpu"
-        )
-    return torch.device("cuda", local_rank)
-
-
 def launch(main: Callable[[Namespace, World], None], args: Namespace) -> None:
     """Run ``main(args, world)`` in as many processes as asked for, and return when all have ended.
 
     Under torchrun this process is one of them. Otherwise ``--distributed-world-size`` processes are started here (by
-    default one a visible GPU). Raises FairseqError when there are too few GPUs or a process fails.
+    default one a visible GPU). Raises FairseqError when there are too few GPUs, or none for ``--fp16``, and when a
+    process fails.
     """
-    if args.fp16 and choose_device(args.cpu).type == "cpu":
-        raise FairseqError("--fp16 needs a GPU and none is visible; use --bf16 or float32 on the CPU")
+    choose_dtype(choose_device(args.cpu), args.fp16, args.bf16)  # an error before processes start
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         try:
