@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 from dataclasses import fields
@@ -12,7 +13,7 @@ from fairseq.models.config import TransformerConfig
 from fairseq.options import parse_train_args
 from fairseq.registry import ARCHITECTURES, CRITERIONS, LR_SCHEDULERS, OPTIMIZERS, import_user_dir
 from fairseq.utils.flags import from_namespace
-from tests.training_runs import assert_fails, command_line, last, logged, train
+from tests.training_runs import ROOT, assert_fails, command_line, last, logged, train
 
 ENOUGH = ("data-bin", "--max-tokens", "100")
 
@@ -206,6 +207,27 @@ def test_languages_in_the_other_order_are_the_other_direction(toy_databin, tmp_p
     train(toy_databin, tmp_path, "-s", "yy", "-t", "xx", "--max-update", 1)
     args = last(tmp_path)["args"]
     assert (args.source_lang, args.target_lang) == ("yy", "xx")
+
+
+# -- every flag does something
+
+ONE_CHOICE = {"task", "dataset_impl"}  # accepted, as fairseq's, and there is nothing to choose
+
+
+def test_every_flag_is_read():
+    modules = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "fairseq").rglob("*.py")]
+    nodes = [node for module in modules for node in ast.walk(module)]
+    declared = {n.target.id for n in nodes if isinstance(n, ast.AnnAssign) and "flag(" in ast.unparse(n.value or n)}
+    assert len(declared) > 150
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    texts = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}  # getattr's
+    texts |= {
+        stack + text
+        for text in texts
+        if text.isidentifier()
+        for stack in ("encoder", "decoder", "encoder_", "decoder_")
+    }
+    assert declared - read - texts <= ONE_CHOICE
 
 
 # -- help
