@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fairseq.admin.omega import OmegaProfile
-from fairseq.admin.residual import OMEGA_TYPES, PROFILING
+from fairseq.admin.residual import ADMIN, CLOSED_FORM, PROFILING
 from fairseq.data.dictionary import Dictionary
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
@@ -71,8 +71,8 @@ def model_config(args: dict[str, Any], parameters: dict[str, Tensor]) -> Transfo
     cfg = from_namespace(TransformerConfig, {k: v for k, v in args.items() if v is not None})
     has_omega = any(name.endswith("_residual.omega") for name in parameters)
     if has_omega and cfg.init_type in ("default", PROFILING):
-        cfg.init_type = "adaptive"
-    elif not has_omega and cfg.init_type in OMEGA_TYPES:
+        cfg.init_type = ADMIN
+    elif not has_omega and cfg.init_type in (ADMIN, PROFILING, CLOSED_FORM):
         cfg.init_type = "default"
     return cfg
 

@@ -42,7 +42,8 @@ class Registry(Generic[T]):
     def get(self, name: str) -> T:
         """The entry called ``name``. Raises FairseqError, listing the known names, when there is none."""
         if name not in self._entries:
-            raise FairseqError(f"unknown {self.kind} '{name}' (choose from {', '.join(self.names())})")
+            names = ", ".join(self.names())
+            raise FairseqError(f"unknown {self.kind} '{name}' (choose from {names}; --user-dir adds one of your own)")
         return self._entries[name]
 
     def config(self, name: str) -> type | None:

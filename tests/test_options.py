@@ -9,6 +9,7 @@ from dataclasses import fields
 
 import pytest
 
+from fairseq.admin.omega import OmegaProfile
 from fairseq.models.config import TransformerConfig
 from fairseq.options import parse_train_args
 from fairseq.registry import ARCHITECTURES, CRITERIONS, LR_SCHEDULERS, OPTIMIZERS, import_user_dir
@@ -269,6 +270,7 @@ def test_help_of_train_has_every_component(capsys):
 
 USER_DIR = '''
 from torch import nn
+from fairseq.admin.omega import OmegaProfile
 from fairseq.models.config import register_architecture
 from fairseq.registry import RESIDUAL_RULES
 
@@ -301,6 +303,38 @@ def test_user_dir_adds_an_architecture_and_a_residual_rule(toy_databin, tmp_path
     assert last(tmp_path / "run")["args"].init_type == "half_user_half"
     assert last(tmp_path / "run")["model"]["encoder.layers.0.fc1.weight"].shape == (8, 8)
     assert [line["num_updates"] for line in logged(tmp_path / "run") if "update" in line] == [1, 2, 3, 4]
+
+
+ADMIN_VARIANT = """
+from functools import partial
+from fairseq.admin.residual import AdminResidual
+from fairseq.registry import RESIDUAL_RULES
+
+class Variant(AdminResidual):
+    def __init__(self, site, scale):
+        super().__init__(site)
+        self.scale = scale
+
+    def forward(self, x, sublayer):
+        return self.norm(self.omega * x + self.scale * self.dropout(sublayer(x)))
+
+RESIDUAL_RULES.add("variant-2", partial(Variant, scale=2.0))
+"""
+
+
+def test_a_variant_of_admin_is_profiled_as_admin_is(toy_databin, tmp_path, capsys):
+    directory = tmp_path / "variant"
+    directory.mkdir()
+    (directory / "__init__.py").write_text(ADMIN_VARIANT)
+    omega_file = tmp_path / "omega"
+    flags = ("--omega-file", omega_file, "--max-update", 1)
+    train(toy_databin, tmp_path / "run", "--user-dir", directory, "--init-type", "variant-2", *flags)
+    profile = OmegaProfile.load(omega_file)
+    assert profile.encoder[0] == 1 and profile.encoder[-1] != 1
+    start = last(tmp_path / "run")["extra_state"]["omega"]
+    assert start == {name: pytest.approx(values, rel=1e-6) for name, values in profile.to_dict().items()}
+    argv = command_line(toy_databin, tmp_path / "other", "--init-type", "adaptive", *flags)
+    assert_fails(capsys, 1, "was profiled with init_type=variant-2, this model has adaptive", *argv)
 
 
 @pytest.mark.parametrize("content", ["import nowhere_at_all", "1 / 0", "def"])

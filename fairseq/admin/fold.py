@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.admin.residual import (
+    ADMIN,
     B2T,
+    CLOSED_FORM,
     AdminResidual,
     DeepNet,
     LookLinear,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:  # the Transformer's module imports this package
     from fairseq.models.transformer import Transformer
 
 PLAIN = ("default", "looklinear")  # init types whose trained models are ordinary Transformers
-FOLDABLE = (*PLAIN, "adaptive", "adaptive-closed-form", "deepnet", "rezero_postln")
+FOLDABLE = (*PLAIN, ADMIN, CLOSED_FORM, "deepnet", "rezero_postln")
 _STACKS = ("encoder", "decoder")
 _FOLDABLE_RULES = (PostLN, LookLinear, AdminResidual, DeepNet, ReZeroPostLN)
 _WHY_NOT = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fairseq.admin.residual import AdminResidual
+from fairseq.admin.residual import ADMIN, PROFILING, AdminResidual
 from fairseq.errors import FairseqError
 from fairseq.utils.io import atomic_write, refuse_bom
 
@@ -139,15 +139,20 @@ def apply_profile(model: nn.Module, profile: OmegaProfile, path: str | Path | No
                 residual.omega.fill_(value)
 
 
-_SHAPE = [f"{stack}_{name}" for stack in ("encoder", "decoder") for name in ("layers", "embed_dim", "ffn_embed_dim")]
-_SHAPE += ["encoder_attention_heads", "decoder_attention_heads", "activation_fn"]
+_MODEL = [f"{stack}_{name}" for stack in ("encoder", "decoder") for name in ("layers", "embed_dim", "ffn_embed_dim")]
+_MODEL += ["encoder_attention_heads", "decoder_attention_heads", "activation_fn", "init_type"]
 _DROPOUT = ["dropout", "attention_dropout", "activation_dropout"]
+
+
+def _setting(cfg: Any, name: str) -> str:
+    value = str(getattr(cfg, name))
+    return ADMIN if name == "init_type" and value == PROFILING else value  # one rule, two names
 
 
 def describe(cfg: Any, conditions: str, deterministic: bool = False) -> list[str]:
     """Comment lines naming the model (a TransformerConfig) and the conditions of a profile, dropout if it was on."""
-    names = _SHAPE if deterministic else [*_SHAPE, *_DROPOUT]
-    model = "model: " + " ".join(f"{name}={getattr(cfg, name)}" for name in names)
+    names = _MODEL if deterministic else [*_MODEL, *_DROPOUT]
+    model = "model: " + " ".join(f"{name}={_setting(cfg, name)}" for name in names)
     return [model, f"profiled with: {conditions}{' dropout=off' if deterministic else ''}"]
 
 
@@ -161,8 +166,8 @@ def check_comments(profile: OmegaProfile, cfg: Any, path: str | Path) -> None:
             continue
         for setting in comment.removeprefix("model:").split():
             name, _, value = setting.partition("=")
-            if name in (*_SHAPE, *_DROPOUT) and value != str(getattr(cfg, name)):
+            if name in (*_MODEL, *_DROPOUT) and value != _setting(cfg, name):
                 raise FairseqError(
-                    f"omega file {path} was profiled with {name}={value}, this model has {getattr(cfg, name)}; "
+                    f"omega file {path} was profiled with {name}={value}, this model has {_setting(cfg, name)}; "
                     "profile it with --init-type adaptive-profiling or name another --omega-file"
                 )

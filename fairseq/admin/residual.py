@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,7 @@ from fairseq.registry import RESIDUAL_RULES
 
 Sublayer = Callable[[Tensor], Tensor]
 
-PROFILING = "adaptive-profiling"
-MEASURED_TYPES = (PROFILING, "adaptive")  # init types whose omega is measured
-OMEGA_TYPES = (*MEASURED_TYPES, "adaptive-closed-form")  # init types with an omega
+ADMIN, PROFILING, CLOSED_FORM = "adaptive", "adaptive-profiling", "adaptive-closed-form"  # init types with an omega
 OUTPUT_CHANGES = ("logn", "constant", "linear")
 OMEGA_KINDS = ("parameter", "constant")
 
@@ -93,9 +92,12 @@ class AdminResidual(nn.Module):
     """
 
     needs_final_norm = False
+    measured = True  # omega starts from a profile; a subclass is profiled too, whatever it is registered as
 
     def __init__(self, site: ResidualSite, omega: float = 1.0, trained: bool = True) -> None:
+        """Raises FairseqError with Pre-LN, which Admin has no use for."""
         super().__init__()
+        _refuse_normalize_before(site, "Admin initialises Post-LN")
         self.norm = nn.LayerNorm(site.dim)
         self.dropout = Dropout(site.dropout)
         vector = torch.full((site.dim,), omega)
@@ -297,29 +299,28 @@ def closed_form_omega(sublayers: int, output_change: str) -> float:
     return math.sqrt({"logn": (n + 1) / math.log(n + 1) - 1, "constant": float(n), "linear": 1.0}[output_change])
 
 
+def measures_omega(init_type: str) -> bool:
+    """Whether training with ``init_type`` starts from a measured omega: the attribute ``measured`` of its rule."""
+    rule = RESIDUAL_RULES.get(init_type)
+    return getattr(rule.func if isinstance(rule, partial) else rule, "measured", False)
+
+
 @RESIDUAL_RULES.register("default")
 def default_rule(site: ResidualSite) -> nn.Module:
     """Post-LN, or Pre-LN where ``--encoder-normalize-before`` or ``--decoder-normalize-before`` asks for it."""
     return PreLN(site) if site.normalize_before else PostLN(site)
 
 
-@RESIDUAL_RULES.register(PROFILING)
-@RESIDUAL_RULES.register("adaptive")
-def admin_rule(site: ResidualSite) -> nn.Module:
-    """Admin. Raises FairseqError with Pre-LN, which it has no use for."""
-    _refuse_normalize_before(site, "Admin initialises Post-LN")
-    return AdminResidual(site)
-
-
-@RESIDUAL_RULES.register("adaptive-closed-form")
+@RESIDUAL_RULES.register(CLOSED_FORM)
 def closed_form_rule(site: ResidualSite) -> nn.Module:
     """Admin without profiling; see ``closed_form_omega``. Raises FairseqError with Pre-LN."""
-    _refuse_normalize_before(site, "Admin initialises Post-LN")
     layers = site.encoder_layers if site.stack == "encoder" else site.decoder_layers
     omega = closed_form_omega(layers * site.sublayers, site.output_change)
     return AdminResidual(site, omega, trained=site.omega == "parameter")
 
 
+RESIDUAL_RULES.add(ADMIN, AdminResidual)
+RESIDUAL_RULES.add(PROFILING, AdminResidual)
 RESIDUAL_RULES.add("rezero", ReZero)
 RESIDUAL_RULES.add("rezero_postln", ReZeroPostLN)
 RESIDUAL_RULES.add("looklinear", LookLinear)

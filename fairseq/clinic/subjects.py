@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq import admin
-from fairseq.admin.residual import MEASURED_TYPES, PROFILING
+from fairseq.admin.residual import ADMIN, CLOSED_FORM, PROFILING, measures_omega
 from fairseq.checkpoint import (
     build_from_checkpoint,
     check_dictionaries,
@@ -30,8 +30,8 @@ from fairseq.training.trainer import to_device
 LABELS = {
     "post-ln": "Post-LN",
     "pre-ln": "Pre-LN",
-    "adaptive": "Admin",
-    "adaptive-closed-form": "Admin, closed form",
+    ADMIN: "Admin",
+    CLOSED_FORM: "Admin, closed form",
     "rezero": "ReZero",
     "rezero_postln": "ReZero + Post-LN",
     "looklinear": "LookLinear",
@@ -88,11 +88,11 @@ def fresh_model(
 ) -> Transformer:
     """A model in float64 and eval mode on the device of ``inputs``, initialised as for training.
 
-    start: omega of an init type adaptive; measured on ``inputs`` if None.
+    start: omega, if the init type starts from a measured one; measured on ``inputs`` if None.
     """
     torch.manual_seed(seed)
     model = Transformer(cfg, *vocabularies).to(inputs["src_tokens"].device)
-    if cfg.init_type in MEASURED_TYPES:
+    if measures_omega(cfg.init_type):
         admin.apply_profile(model, start or admin.profile(model, inputs))
     return model.double().eval()
 

@@ -195,14 +195,14 @@ def parse_train_args(
 
 def _check_init_type_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what would do nothing. args: before the architecture has filled in what was not given."""
-    from fairseq.admin.residual import MEASURED_TYPES  # imports torch, which fairseq-preprocess does without
+    from fairseq.admin.residual import ADMIN, CLOSED_FORM, measures_omega  # torch, which preprocess does without
 
-    measures = args.init_type in MEASURED_TYPES
+    measures, closed_form = measures_omega(args.init_type), args.init_type == CLOSED_FORM
     for given, flag_name, works, init_type in (
-        (args.profile_batches != 1, "--profile-batches", measures, "adaptive"),
-        (args.profile_deterministic, "--profile-deterministic", measures, "adaptive"),
-        ("output_change" in args, "--output-change", args.init_type == "adaptive-closed-form", "adaptive-closed-form"),
-        ("omega" in args, "--omega", args.init_type == "adaptive-closed-form", "adaptive-closed-form"),
+        (args.profile_batches != 1, "--profile-batches", measures, ADMIN),
+        (args.profile_deterministic, "--profile-deterministic", measures, ADMIN),
+        ("output_change" in args, "--output-change", closed_form, CLOSED_FORM),
+        ("omega" in args, "--omega", closed_form, CLOSED_FORM),
     ):
         if given and not works:
             parser.error(f"{flag_name} does nothing with --init-type {args.init_type}; it is for {init_type}")

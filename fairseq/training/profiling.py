@@ -53,7 +53,7 @@ def omega_table(profile: admin.OmegaProfile) -> str:
 
 
 def start_omega(args: Namespace, model: Transformer, itr: EpochBatchIterator, world: World) -> None:
-    """Fill omega of a fresh model of ``--init-type adaptive`` from ``--omega-file``; measure it if there is no file.
+    """Fill omega of a fresh model from ``--omega-file``; measure it if there is no file.
 
     The first process does either and all others get its values. Raises FairseqError when the file does not fit.
     """

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fairseq import admin
+from fairseq.admin.residual import measures_omega
 from fairseq.checkpoint import check_languages, load_parameters, starting_omega
 from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.translation import Batch, TranslationData
@@ -73,7 +74,7 @@ class TrainingRun:
         if state is not None:
             load_parameters(model, from_fairseq(state["model"]), str(path))
             require_finite(model.named_parameters(), f"checkpoint {path}")
-        elif args.init_type == "adaptive":
+        elif measures_omega(args.init_type):
             start_omega(args, model, itr, world)
         self.omega = admin.current_profile(model)  # at the start of training
         self.trainer = Trainer(args, model, world)

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from fairseq.admin.residual import PROFILING
+from fairseq.admin.residual import ADMIN, PROFILING
 from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.shapes import plan_shapes
 from fairseq.data.translation import TranslationData
@@ -52,7 +52,7 @@ def train(args: Namespace, world: World) -> None:
         )
         if args.init_type == PROFILING and world.is_master:
             profile_to_file(args, model, itr, world)
-            logger.info(f"now train with --init-type adaptive --omega-file {args.omega_file}")
+            logger.info(f"now train with --init-type {ADMIN} --omega-file {args.omega_file}")
         elif args.init_type != PROFILING:
             TrainingRun(args, world, model, itr, data, log).train()
 
