@@ -63,6 +63,7 @@ def test_batches_blanks_and_order(directory):
     assert together == [model.translate(s, max_len_b=9) for s in sentences]
     assert together == model.translate(sentences, max_len_b=9, batch_size=3)
     assert together == model.translate(sentences, max_len_b=9, max_tokens=8)
+    assert together == model.translate(iter(sentences), max_len_b=9)
     assert model.translate([]) == []
 
 

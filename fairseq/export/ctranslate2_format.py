@@ -61,6 +61,10 @@ def export_ctranslate2(config: ExportConfig) -> list[str]:
             check_scores(exported.original, translator.score, tolerance),
             count_same_translations(exported.original, exported.sentences, translate),
         ]
+    if quantization == "int16" and translator.compute_type.startswith("int8"):
+        exported.notes.append(
+            "this machine has no int16: CTranslate2 computes in int8, coarser than --quantization int8"
+        )
     return [
         *describe(exported, config.output, f"CTranslate2, weights in {quantization}"),
         *(f"self-check, computed in {translator.compute_type}: {line}" for line in check),

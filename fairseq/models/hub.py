@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, overload
@@ -146,9 +146,9 @@ class TransformerModel:
     @overload
     def translate(self, sentences: str, beam: int = ..., **settings: Any) -> str: ...
     @overload
-    def translate(self, sentences: list[str], beam: int = ..., **settings: Any) -> list[str]: ...
-    def translate(self, sentences: str | list[str], beam: int = 5, **settings: Any) -> str | list[str]:
-        """The best translation of raw text; a string gives a string, a list gives a list. A blank sentence stays blank.
+    def translate(self, sentences: Iterable[str], beam: int = ..., **settings: Any) -> list[str]: ...
+    def translate(self, sentences: str | Iterable[str], beam: int = 5, **settings: Any) -> str | list[str]:
+        """The best translation of raw text: of a string a string, of several a list. A blank sentence stays blank.
 
         settings: as ``generate``'s, but for nbest and print_alignment. Raises FairseqError as ``generate`` does.
         """
@@ -162,10 +162,10 @@ class TransformerModel:
     @overload
     def generate(self, sentences: str, beam: int = ..., **settings: Any) -> TextTranslation: ...
     @overload
-    def generate(self, sentences: list[str], beam: int = ..., **settings: Any) -> list[TextTranslation]: ...
+    def generate(self, sentences: Iterable[str], beam: int = ..., **settings: Any) -> list[TextTranslation]: ...
     def generate(
         self,
-        sentences: str | list[str],
+        sentences: str | Iterable[str],
         beam: int = 5,
         *,
         max_tokens: int | None = None,
@@ -191,7 +191,7 @@ class TransformerModel:
         cfg = GenerationConfig(beam=beam, **({"nbest": beam} | settings))
         replace_unk = None if cfg.replace_unk is None else _alignment_dictionary(cfg.replace_unk)
         text = TextFormat(self.src_dict, self.tgt_dict, alignment_dictionary=replace_unk)
-        lines = [sentences] if isinstance(sentences, str) else sentences
+        lines = [sentences] if isinstance(sentences, str) else list(sentences)
         words = [self.pipeline.encode(line).split() for line in lines]
         positions = self.ctranslate2.max_source_positions if self.ctranslate2 else longest_source(self.models)
         longest = min(positions, max_source_positions)
