@@ -203,6 +203,7 @@ CASES = {
     "--eval-bleu-args: '*'": [f"{RUN} --eval-bleu --eval-bleu-args " + shlex.quote('{"beem": 4}')],
     "--eval-bleu-args: numbers": [f"{RUN} --eval-bleu --eval-bleu-args " + shlex.quote('{"beam": "4"}')],
     "--patience": [f"{RUN} --patience 3 --disable-validation"],
+    "--sacrebleu and --scoring chrf": [f"{GENERATE} --sacrebleu --scoring chrf"],
     "--finetune-from-model contradicts": [f"{RUN} --finetune-from-model toy.pt --restore-file toy.pt"],
     "--finetune-from-model *": [f"{RUN} --finetune-from-model nowhere.pt"],
     "--restore-file *": [f"{RUN} --restore-file nowhere.pt"],

@@ -36,8 +36,11 @@ def test_nothing_asked_for_changes_nothing() -> None:
 def test_moses() -> None:
     pipeline = make_text_pipeline("moses", source_lang="de", target_lang="en")
     assert pipeline.encode('Er sagte: "Ja & nein", z.B. E-Mail.') == (
-        "Er sagte : &quot; Ja &amp; nein &quot; , z.B. E-Mail ."
+        "Er sagte : &quot; Ja &amp; nein &quot; , z.B. E @-@ Mail ."
     )
+    plain = make_text_pipeline("moses", moses_no_dash_splits=True, moses_no_escape=True)
+    assert plain.encode("An e-mail & more.") == "An e-mail & more ."
+    assert pipeline.decode("an e @-@ mail") == "an e-mail"
     assert pipeline.decode_source("Er sagte : &quot; Ja &quot; , z.B .") == 'Er sagte: "Ja", z.B.'
     assert pipeline.decode("It &apos;s &quot; fine &quot; , isn &apos;t it ?") == "It's \"fine\", isn't it?"
 

@@ -171,7 +171,8 @@ def test_quiet_prints_the_score_alone(toy, run):
 
 def test_scorers(toy, run):
     databin, path = toy
-    [line] = run(databin, "--path", path, "--quiet", "--scoring", "sacrebleu")
+    [line] = run(databin, "--path", path, "--quiet", "--sacrebleu")
+    assert [line] == run(databin, "--path", path, "--quiet", "--scoring", "sacrebleu")
     assert line.startswith("Generate test with beam=5: BLEU|") and "tok:13a" in line
     [line] = run(databin, "--path", path, "--quiet", "--scoring", "chrf")
     assert "chrF2|" in line

@@ -32,6 +32,7 @@ PRESETS = {
     "transformer_vaswani_wmt_en_de_big": (6, 1024, 4096, 16, 0.3, 0.0, 0.0),
     "transformer_vaswani_wmt_en_fr_big": (6, 1024, 4096, 16, 0.1, 0.0, 0.0),
     "transformer_wmt_en_de_big": (6, 1024, 4096, 16, 0.3, 0.1, 0.0),
+    "transformer_wmt_en_de_big_t2t": (6, 1024, 4096, 16, 0.3, 0.1, 0.1),
     "transformer_tiny": (4, 128, 256, 4, 0.1, 0.0, 0.0),
 }
 
@@ -43,7 +44,9 @@ def test_presets(arch):
         names = ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
         assert tuple(getattr(args, f"{stack}_{name}") for name in names) == PRESETS[arch][:4]
     assert (args.dropout, args.attention_dropout, args.activation_dropout) == PRESETS[arch][4:]
-    assert (args.activation_fn, args.encoder_normalize_before, args.decoder_learned_pos) == ("relu", False, False)
+    pre_ln = arch.endswith("_t2t")
+    assert (args.encoder_normalize_before, args.decoder_normalize_before) == (pre_ln, pre_ln)
+    assert (args.activation_fn, args.decoder_learned_pos) == ("relu", False)
     assert not (args.share_all_embeddings or args.share_decoder_input_output_embed or args.layernorm_embedding)
     assert (args.max_source_positions, args.max_target_positions) == (1024, 1024)
 
@@ -92,6 +95,9 @@ def test_defaults_are_fairseqs():
         (("--left-pad-source", "False"), "left_pad_source", False),
         (("--left-pad-source",), "left_pad_source", True),
         (("--eval-bleu-args", '{"beam": 4}'), "eval_bleu_args", {"beam": 4}),
+        (("--eval-bleu-args", "{'beam': 4}"), "eval_bleu_args", {"beam": 4}),
+        (("--eval-bleu-remove-bpe",), "eval_bleu_remove_bpe", "subword_nmt"),
+        (("--eval-bleu-remove-bpe", "sentencepiece"), "eval_bleu_remove_bpe", "sentencepiece"),
     ],
     ids=str,
 )
@@ -105,12 +111,17 @@ def test_spellings(old, name, value):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--no-such-flag",), "unrecognized arguments: --no-such-flag"),
-        (("--max-epo", "3"), "--max-epo"),  # no abbreviations
+        (("--no-such-flag",), "error: unrecognized arguments: --no-such-flag"),
+        (("--max-epo", "3"), "(--max-epo: did you mean --max-epoch?)"),  # no abbreviations
+        (("--amp", "--max-tokns=3"), "(--amp: use --fp16 alone; parameters stay in float32; --max-tokns: did you mean"),
+        (("--encoder-layerdrop", "0.2"), "(--encoder-layerdrop: fairseq's, not supported here)"),
         (("--optimizer", "sgd", "--adam-betas", "(0.9, 0.98)"), "--adam-betas"),
         (("--optimizer", "adam", "--momentum", "0.9"), "--momentum"),
         (("--lr-scheduler", "fixed", "--power", "2"), "--power"),
-        (("--criterion", "cross_entropy", "--label-smoothing", "0.1"), "--label-smoothing"),
+        (
+            ("--criterion", "cross_entropy", "--label-smoothing", "0.1"),
+            "(--label-smoothing: a flag of --criterion label_smoothed_cross_entropy)",
+        ),
         (("--optimizer", "nope"), "--optimizer"),
         (("--optimizer",), "--optimizer"),
         (("--arch", "nope"), "--arch"),
@@ -156,7 +167,14 @@ def test_usage_errors(capsys, flags, message):
     with pytest.raises(SystemExit) as exit_info:
         parse(*flags)
     assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage == "usage: fairseq-train DATA [flags]; --help lists them" and message in error
+
+
+def test_an_unlike_flag_gets_no_advice(capsys):
+    with pytest.raises(SystemExit):
+        parse("--no-such-flag", "3")
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --no-such-flag 3\n")
 
 
 def test_missing_limit_and_missing_data(capsys):

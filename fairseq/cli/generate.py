@@ -51,6 +51,8 @@ def check_generation_flags(args: Namespace) -> None:
     check_generation_config(section(GenerationConfig, args))
     if not args.path and not getattr(args, "model", None):
         raise FairseqError("--path FILE is missing: the checkpoint to translate with")
+    if getattr(args, "sacrebleu", False) and args.scoring == "chrf":
+        raise FairseqError("--sacrebleu and --scoring chrf contradict each other; give one")
 
 
 def text_pipeline(args: Namespace, data: TranslationData) -> TextPipeline:
@@ -62,6 +64,8 @@ def text_pipeline(args: Namespace, data: TranslationData) -> TextPipeline:
         target_lang=data.target_lang,
         bpe_codes=args.bpe_codes,
         sentencepiece_model=args.sentencepiece_model,
+        moses_no_dash_splits=args.moses_no_dash_splits,
+        moses_no_escape=args.moses_no_escape,
     )
 
 
@@ -111,7 +115,7 @@ def _generate(args: Namespace, out: IO[Any]) -> str | None:
     references: ReferenceConfig = section(ReferenceConfig, args)
     translate, data, most_target = _open_backend(args, cfg, references)
     text = text_format(args, data, text_pipeline(args, data))
-    scorer = Scorer(args.scoring)
+    scorer = Scorer("sacrebleu" if args.sacrebleu else args.scoring)
     dataset = data.load(args.gen_subset, need_target=False)
     batches = make_batches(
         dataset,

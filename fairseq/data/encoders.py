@@ -36,13 +36,18 @@ def make_text_pipeline(
     target_lang: str = "en",
     bpe_codes: str | None = None,
     sentencepiece_model: str | None = None,
+    moses_no_dash_splits: bool = False,
+    moses_no_escape: bool = False,
 ) -> TextPipeline:
     """The pipeline of ``--tokenizer`` (moses, space) and ``--bpe`` (subword_nmt, sentencepiece); None leaves one out.
 
-    Raises FairseqError for an unknown name and for a file that is missing, not given, or not what it should be.
+    moses_no_dash_splits: leave ``well-known`` whole, which becomes ``well @-@ known`` otherwise, as in fairseq.
+    moses_no_escape: leave ``&``, quotes and brackets as they are. Raises FairseqError for an unknown name and for a
+    file that is missing, not given, or not what it should be.
     """
+    moses = {"aggressive_dash_splits": not moses_no_dash_splits, "escape": not moses_no_escape}
     (tokenize, detokenize_source), (_, detokenize) = (
-        _tokenizer(tokenizer, lang) for lang in (source_lang, target_lang)
+        _tokenizer(tokenizer, lang, moses) for lang in (source_lang, target_lang)
     )
     segment = _segmentation(bpe, bpe_codes, sentencepiece_model)
     return TextPipeline(
@@ -52,8 +57,10 @@ def make_text_pipeline(
     )
 
 
-def _tokenizer(name: str | None, language: str) -> tuple[Callable[[str], str], Callable[[str], str]]:
-    """Text to words, and back."""
+def _tokenizer(
+    name: str | None, language: str, how: dict[str, bool]
+) -> tuple[Callable[[str], str], Callable[[str], str]]:
+    """Text to words, and back. how: settings of moses."""
     if name is None:
         return str, str
     if name == "space":
@@ -63,7 +70,7 @@ def _tokenizer(name: str | None, language: str) -> tuple[Callable[[str], str], C
 
         moses, back = MosesTokenizer(lang=language), MosesDetokenizer(lang=language)
         return (
-            lambda text: moses.tokenize(text, aggressive_dash_splits=False, return_str=True, escape=True),
+            lambda text: moses.tokenize(text, return_str=True, **how),
             lambda text: back.detokenize(text.split()),
         )
     raise FairseqError(f"--tokenizer {name}: choose from moses, space")

@@ -97,6 +97,12 @@ register_architecture("transformer_vaswani_wmt_en_de_big", **_BIG)
 register_architecture("transformer_vaswani_wmt_en_fr_big", **_BIG | {"dropout": 0.1})
 register_architecture("transformer_wmt_en_de_big", **_BIG | {"attention_dropout": 0.1})
 register_architecture(
+    "transformer_wmt_en_de_big_t2t",
+    **_BIG | {"attention_dropout": 0.1, "activation_dropout": 0.1},
+    encoder_normalize_before=True,
+    decoder_normalize_before=True,
+)
+register_architecture(
     "transformer_tiny",
     encoder_layers=4,
     encoder_embed_dim=128,

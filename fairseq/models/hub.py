@@ -93,6 +93,8 @@ class TransformerModel:
         bpe_codes: str | os.PathLike[str] | None = None,
         tokenizer: str | None = None,
         sentencepiece_model: str | os.PathLike[str] | None = None,
+        moses_no_dash_splits: bool = False,
+        moses_no_escape: bool = False,
         source_lang: str | None = None,
         target_lang: str | None = None,
         **overrides: Any,
@@ -100,8 +102,9 @@ class TransformerModel:
         """Load a checkpoint (several, colon-separated, make an ensemble) and its dictionaries, on the CPU.
 
         data_name_or_path: directory with ``dict.LANG.txt``. It, checkpoint_file, bpe_codes and sentencepiece_model are
-        relative to model_dir. bpe: subword_nmt, sentencepiece; tokenizer: moses, space. Languages are the checkpoint's
-        if not given. overrides: model settings to change. Raises FairseqError when a file is missing or does not fit.
+        relative to model_dir. bpe: subword_nmt, sentencepiece; tokenizer: moses, space; moses_no_*: what moses leaves
+        as it is. Languages are the checkpoint's if not given. overrides: model settings to change. Raises FairseqError
+        when a file is missing or does not fit.
         """
         root = Path(model_dir)
         paths = [str(root / name) for name in checkpoint_file.split(":")]
@@ -119,6 +122,8 @@ class TransformerModel:
             target_lang=tgt,
             bpe_codes=None if bpe_codes is None else str(root / bpe_codes),
             sentencepiece_model=None if sentencepiece_model is None else str(root / sentencepiece_model),
+            moses_no_dash_splits=moses_no_dash_splits,
+            moses_no_escape=moses_no_escape,
         )
         return cls(models, src_dict, tgt_dict, pipeline, source_lang=src, target_lang=tgt)
 

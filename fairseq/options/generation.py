@@ -54,11 +54,15 @@ class TextConfig:
         const="subword_nmt",
     )
     tokenizer: str | None = flag(None, "tokenise raw input, and detokenise D- lines", choices=("moses", "space"))
+    moses_no_dash_splits: bool = flag(False, "--tokenizer moses: leave well-known whole, not well @-@ known")
+    moses_no_escape: bool = flag(False, "--tokenizer moses: leave &, quotes and brackets as they are")
     bpe: str | None = flag(
         None, "segment raw input, and undo that in D- lines", choices=("subword_nmt", "sentencepiece")
     )
     bpe_codes: str | None = flag(None, "merges of --bpe subword_nmt", metavar="FILE")
-    sentencepiece_model: str | None = flag(None, "model of --bpe sentencepiece", metavar="FILE")
+    sentencepiece_model: str | None = flag(
+        None, "model of --bpe sentencepiece", "--sentencepiece-vocab", metavar="FILE"
+    )
 
 
 @dataclass
@@ -79,6 +83,7 @@ class GenerateDataConfig:
     shard_id: int = flag(0, "translate this part, from 0", least=0)
     results_path: str | None = flag(None, "write generate-SPLIT.txt here instead of printing", metavar="DIR")
     scoring: str = flag("bleu", "score: tokenised BLEU, sacrebleu, chrF", choices=("bleu", "sacrebleu", "chrf"))
+    sacrebleu: bool = flag(False, "the same as --scoring sacrebleu")
     quiet: bool = flag(False, "print the score alone")
 
 

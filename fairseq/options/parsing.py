@@ -23,6 +23,7 @@ from fairseq.options.generation import (
     TextConfig,
 )
 from fairseq.options.model import ComponentConfig, ModelPathConfig
+from fairseq.options.parser import Parser
 from fairseq.options.training import (
     LAST,
     CheckpointConfig,
@@ -34,7 +35,7 @@ from fairseq.options.training import (
     ValidationConfig,
 )
 from fairseq.registry import CRITERIONS, LR_SCHEDULERS, OPTIMIZERS, Registry, import_user_dir
-from fairseq.utils.flags import add_flags, from_namespace
+from fairseq.utils.flags import add_flags, flags_of, from_namespace
 
 Sections: TypeAlias = tuple[tuple[type, str], ...]  # dataclasses, each with the title of its group in --help
 
@@ -93,9 +94,9 @@ VALIDATE_SECTIONS: Sections = (
 )
 
 
-def make_parser(prog: str, description: str, sections: Sections) -> argparse.ArgumentParser:
+def make_parser(prog: str, description: str, sections: Sections) -> Parser:
     """A parser with the flags of ``sections``; unknown and abbreviated flags are usage errors (exit 2)."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     for config, title in sections:
         add_flags(parser, config, title)
@@ -181,10 +182,15 @@ def parse_train_args(
         chooser.add_argument("--" + name.replace("_", "-"), nargs="?", default=getattr(ComponentConfig, name))
     chosen = chooser.parse_known_args(argv)[0]
     for name, registry, title in COMPONENTS:
-        for entry in registry.names() if wants_help else [getattr(chosen, name)]:
-            config = registry.config(entry) if entry in registry.names() else None
-            if config is not None:
+        for entry in registry.names():
+            config = registry.config(entry)
+            if config is None:
+                continue
+            if wants_help or entry == getattr(chosen, name):
                 taken |= add_flags(parser, config, f"{title} {entry}", skip=taken)
+            else:
+                option = f"--{name.replace('_', '-')}"
+                parser.others |= dict.fromkeys(flags_of(config), f"{option} {entry}")
     args = parser.parse_args(argv)
     _check_init_type_flags(parser, args)
     vars(args).update(resolve_architecture(args.arch, vars(args)))

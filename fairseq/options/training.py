@@ -39,7 +39,12 @@ class ValidationConfig:
     eval_bleu: bool = flag(False, "translate the validation set and report BLEU")
     eval_bleu_args: dict[str, Any] | None = flag(None, 'search of --eval-bleu as JSON: \'{"beam": 4, "lenpen": 0.6}\'')
     eval_bleu_detok: str = flag("space", "detokeniser of --eval-bleu", choices=("space", "moses"))
-    eval_bleu_remove_bpe: str | None = flag(None, "undo this subword segmentation before BLEU", choices=POST_PROCESSORS)
+    eval_bleu_remove_bpe: str | None = flag(
+        None,
+        "undo this subword segmentation before BLEU (alone: subword_nmt)",
+        choices=POST_PROCESSORS,
+        const="subword_nmt",
+    )
     eval_tokenized_bleu: bool = flag(False, "BLEU on tokens as they are, without sacrebleu's own tokeniser")
     eval_bleu_print_samples: bool = flag(False, "print one translation a validation batch")
 

@@ -67,11 +67,15 @@ def _parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
 
 
+def _literal(text: str) -> Any:
+    if len(text) > LONGEST_LITERAL:  # deep nesting can exhaust the parser's memory and stack
+        raise ValueError
+    return ast.literal_eval(text)
+
+
 def _parse_tuple(text: str) -> tuple[Any, ...]:
     try:
-        if len(text) > LONGEST_LITERAL:  # deep nesting can exhaust the parser's memory and stack
-            raise ValueError
-        value = ast.literal_eval(text)
+        value = _literal(text)
         if not isinstance(value, (tuple, list)):
             raise ValueError
         return tuple(float(item) if item is not None else None for item in value)
@@ -90,10 +94,14 @@ def _parse_list(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def _parse_dict(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
+    """JSON, or a Python literal such as ``{'beam': 4}``, which fairseq takes for some flags."""
+    value = None
+    for read in (json.loads, _literal):
+        try:
+            value = read(text)
+            break
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object such as '{{\"beam\": 4}}'")
     return value
@@ -166,9 +174,17 @@ def add_flags(
         if meta["positional"]:
             group.add_argument(field.name, **settings | {"metavar": meta["metavar"] or field.name.upper()})
         else:
-            spelling = "--" + field.name.replace("_", "-")
-            group.add_argument(spelling, *meta["aliases"], dest=field.name, **settings)
+            group.add_argument(_spelling(field.name), *meta["aliases"], dest=field.name, **settings)
     return added
+
+
+def flags_of(config: type) -> list[str]:
+    """The flags of dataclass ``config`` as they are typed, without aliases."""
+    return [_spelling(field.name) for field in dataclasses.fields(config) if "help" in field.metadata]
+
+
+def _spelling(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _bounded(parse: Callable[[str], Any], least: float | None, most: float | None, below: float | None) -> Any:

@@ -1,0 +1,85 @@
+"""The argument parser of all commands: short usage lines, and an answer to flags that are not there."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+CLOSE = 0.75  # of 1: likeness from which another flag may have been meant
+_NOT_HERE = "fairseq's, not supported here"
+_PROCESSES = "run fairseq-train under torchrun, which tells the processes about each other"
+_MMAP = "data-bins are read in the mmap format alone, which fairseq-preprocess writes"
+# Flags of fairseq that translation with Transformers may be used with, and what to do here
+_INSTEAD = (
+    ("--memory-efficient-fp16 --amp --fp16-no-flatten-grads", "use --fp16 alone; parameters stay in float32"),
+    ("--memory-efficient-bf16", "use --bf16 alone; parameters stay in float32"),
+    ("--distributed-init-method --distributed-rank --distributed-backend --distributed-no-spawn", _PROCESSES),
+    ("--nprocs-per-node --device-id --local_rank --local-rank", _PROCESSES),
+    ("--raw-text --lazy-load --dataset-impl", _MMAP),
+    ("--left-pad-target", "targets are padded on the right"),
+    ("--max-lr", "with --lr-scheduler cosine --lr is the highest rate and --stop-min-lr the lowest"),
+    ("--find-unused-parameters --fix-batches-to-gpus --empty-cache-freq --all-gather-list-size", "leave it out"),
+    ("--no-beamable-mm --no-early-stop --data-buffer-size --suppress-crashes", "leave it out"),
+    ("--moses-source-lang --moses-target-lang", "they are --source-lang and --target-lang"),
+    ("--eval-bleu-detok-args", "the detokeniser's language is --target-lang"),
+    ("--sacrebleu-tokenizer --sacrebleu-lowercase --sacrebleu-char-level", "sacrebleu's defaults are used"),
+    ("--checkpoint-suffix --checkpoint-shard-count", "a checkpoint is one file"),
+    ("--cpu-offload", "--ddp-backend fully_sharded, --checkpoint-activations and --offload-activations save memory"),
+    ("--constraints --diverse-beam-groups --diverse-beam-strength --diversity-rate --retain-dropout", _NOT_HERE),
+    ("--lm-path --lm-weight --print-step --iter-decode-max-iter --optimizer-overrides", _NOT_HERE),
+    ("--encoder-layerdrop --decoder-layerdrop --encoder-layers-to-keep --decoder-layers-to-keep", _NOT_HERE),
+    ("--quant-noise-pq --quant-noise-pq-block-size --quant-noise-scalar", _NOT_HERE),
+    ("--adaptive-input --adaptive-softmax-cutoff --adaptive-softmax-dropout --tie-adaptive-weights", _NOT_HERE),
+    ("--decoder-input-dim --decoder-output-dim --encoder-embed-path --decoder-embed-path", _NOT_HERE),
+    ("--no-cross-attention --cross-self-attention --layer-wise-attention --no-decoder-final-norm", _NOT_HERE),
+    ("--report-accuracy --ignore-prefix-size --load-alignments --upsample-primary --num-batch-buckets", _NOT_HERE),
+    ("--curriculum --combine-valid-subsets --validate-after-updates --fixed-validation-seed", _NOT_HERE),
+    ("--stop-time-hours --keep-interval-updates-pattern --store-ema --use-bmuf --tpu --azureml-logging", _NOT_HERE),
+)
+_ADVICE = {flag: advice for flags, advice in _INSTEAD for flag in flags.split()}
+
+
+class Parser(argparse.ArgumentParser):
+    """Usage is one line; an unknown flag is answered with what to do instead, or with the flag that looks like it.
+
+    others: flags that only another choice has (such as another optimiser), and whose.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.others: dict[str, str] = {}
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's. Exits with status 2 on a usage error."""
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown) + self._advice(unknown)}")
+        return known
+
+    def format_usage(self) -> str:
+        """One line."""
+        self._shorten_usage()
+        return super().format_usage()
+
+    def format_help(self) -> str:
+        """All flags, by group."""
+        self._shorten_usage()
+        return super().format_help()
+
+    def _shorten_usage(self) -> None:
+        names = [str(action.metavar or action.dest) for action in self._actions if not action.option_strings]
+        self.usage = " ".join(["%(prog)s", *names, "[flags]; --help lists them"])
+
+    def _advice(self, unknown: Sequence[str]) -> str:
+        found = []
+        for name in dict.fromkeys(word.partition("=")[0] for word in unknown if word.startswith("--")):
+            like = difflib.get_close_matches(name, self._option_string_actions, 1, CLOSE)
+            if name in self.others:
+                found.append(f"{name}: a flag of {self.others[name]}")
+            elif name in _ADVICE:
+                found.append(f"{name}: {_ADVICE[name]}")
+            elif like:
+                found.append(f"{name}: did you mean {like[0]}?")
+        return f" ({'; '.join(found)})" if found else ""
