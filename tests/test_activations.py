@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from types import ModuleType
 
 import pytest
@@ -14,7 +13,7 @@ from fairseq.models.transformer import Transformer
 from fairseq.registry import RESIDUAL_RULES
 from fairseq.training import activations
 from fairseq.training.activations import checkpoint_layers
-from tests.training_runs import ROOT, assert_fails, assert_same, command_line, last, train, updates
+from tests.training_runs import assert_fails, assert_same, command_line, last, load_script, train, updates
 
 KINDS = [*(name for name in RESIDUAL_RULES.names() if name != PROFILING), "pre-ln"]
 DROPOUTS = {"dropout": 0.3, "attention_dropout": 0.2, "activation_dropout": 0.1}
@@ -88,11 +87,7 @@ def test_off_in_evaluation_and_without_gradients():
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
     """scripts/bench_memory.py"""
-    spec = importlib.util.spec_from_file_location("bench_memory", ROOT / "scripts" / "bench_memory.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench_memory")
 
 
 SHAPE = ("--encoder-embed-dim", 16, "--encoder-ffn-embed-dim", 32, "--encoder-attention-heads", 2, "--vocab", 32)

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -28,21 +27,12 @@ from fairseq.generation.scoring import Scorer
 from fairseq.models import TransformerModel
 from fairseq.training.averaging import average_checkpoints, last_checkpoints
 from tests.error_cases import CASES, UNCAUSED, write_material
-from tests.training_runs import ROOT
-
-
-def _script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from tests.training_runs import ROOT, load_script
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
     for module in (average, clinic, export, generate, interactive, preprocess, score, train, validate)
-} | {"prepare_corpus": _script("prepare_corpus")}
+} | {"prepare_corpus": load_script("prepare_corpus")}
 PYTHON = {
     "load": partial(TransformerModel.from_pretrained, ".", data_name_or_path="bin"),
     **{f.__name__: f for f in (Scorer, average_checkpoints, last_checkpoints, load_model, plan_batches, profile)},

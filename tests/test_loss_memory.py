@@ -9,36 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq.criterions import cross_entropy
 from fairseq.criterions.cross_entropy import SmoothedCrossEntropy
 from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import PADDING_IDX, Transformer
+from tests.training_runs import load_script
 
 SENTENCES, LENGTH, VOCAB = 512, 32, 32_000  # 16,384 tokens
 
 
-class _NoPadding(TorchDispatchMode):
-    """Tensors without data cannot say which tokens are padding; all are taken to be real."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.nonzero.default:
-            return torch.arange(args[0].numel(), device=args[0].device)[:, None]
-        return func(*args, **(kwargs or {}))
-
-
 def peak_gb(step: Callable[[Transformer, Tensor], Tensor]) -> float:
     """Most memory of parameters, gradients and activations in ``step``'s forward and backward pass, in GB."""
-    with FakeTensorMode():
+    with FakeTensorMode(), load_script("bench_memory").LiveBytes() as live:
         model = Transformer(TransformerConfig(share_all_embeddings=True), VOCAB, VOCAB)
         tokens = torch.zeros(SENTENCES, LENGTH, dtype=torch.int64)
-        tracker = MemTracker()
-        tracker.track_external(model)
-        with tracker, _NoPadding():
-            step(model, tokens).backward()
-        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] / 1e9
+        step(model, tokens).backward()
+    return live.peak / 1e9
 
 
 def plain(model: Transformer, tokens: Tensor) -> Tensor:
