@@ -98,7 +98,6 @@ CASES = {
         "preprocess -s xx -t yy --trainpref good --joined-dictionary --srcdict a --tgtdict b --destdir out"
     ],
     "nothing to do": ["preprocess -s xx -t yy --destdir out"],
-    "--workers and": ["preprocess -s xx -t yy --trainpref good --workers 0 --destdir out"],
     "* has * lines and": ["preprocess -s xx -t yy --trainpref short --destdir out"],
     "*, line *: not UTF-8 (*); convert or": [
         f"preprocess -s xx -t yy --trainpref {name} --destdir out" for name in ("latin", "binary")

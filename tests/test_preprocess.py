@@ -182,7 +182,10 @@ def test_flags_that_do_not_fit(corpus: Path, capsys: pytest.CaptureFixture[str])
     )
     assert "no dictionary for en" in _fails(capsys, "--testpref", "test1")
     assert "both en" in _fails(capsys, "--trainpref", "train", "-t", "en")
-    assert "--workers" in _fails(capsys, "--trainpref", "train", "--workers", "0")
+    for flag in ("--workers", "--padding-factor"):
+        with pytest.raises(SystemExit) as usage_error:
+            _run("--trainpref", "train", flag, "0")
+        assert usage_error.value.code == 2 and f"{flag}: 0: must be at least 1" in capsys.readouterr().err
     assert not Path("bin").exists()
 
 

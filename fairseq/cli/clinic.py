@@ -26,6 +26,8 @@ from fairseq.options import (
     ClinicConfig,
     ClinicDataConfig,
     ClinicDepthConfig,
+    ClinicOutputConfig,
+    ClinicReportConfig,
     DataConfig,
     Sections,
     check_result_name,
@@ -37,7 +39,8 @@ from fairseq.options import (
 from fairseq.utils.devices import choose_device
 from fairseq.utils.io import atomic_write
 
-MEASURE = ((ClinicDataConfig, "data"), (ClinicConfig, "what to measure"), (ArchConfig, "model"))
+OUTPUT = ((ClinicOutputConfig, "results"),)
+MEASURE = ((ClinicDataConfig, "data"), (ClinicConfig, "what to measure"), *OUTPUT, (ArchConfig, "model"))
 CHECKPOINTS = ((ClinicCheckpointConfig, "checkpoints"),)
 DEPTHS = ((ClinicDepthConfig, "depth"),)
 
@@ -122,11 +125,10 @@ def _gradients(argv: list[str]) -> None:
 
 
 def _omega(argv: list[str]) -> None:
-    parser = make_parser("fairseq-clinic omega", COMMANDS["omega"][1], ())
+    parser = make_parser("fairseq-clinic omega", COMMANDS["omega"][1], OUTPUT)
     parser.add_argument("paths", nargs="+", metavar="[NAME=]FILE", help="checkpoints or omega files")
-    parser.add_argument("--out-dir", default="clinic", metavar="DIR", help="directory of results: JSON and PNG")
-    parser.add_argument("--name", default="omega", help="name of the result's files")
     args = parser.parse_args(argv)
+    args.name = args.name or "omega"
     check_result_name(parser, args.name)
     args.command = shlex.join(["fairseq-clinic", "omega", *argv])
     check_out_dir(args.out_dir)
@@ -154,9 +156,8 @@ def _check(argv: list[str]) -> None:
 
 
 def _report(argv: list[str]) -> None:
-    parser = make_parser("fairseq-clinic report", COMMANDS["report"][1], ())
-    parser.add_argument("--out-dir", default="clinic", metavar="DIR", help="directory of results, and of report.html")
-    args = parser.parse_args(argv)
+    sections = ((ClinicReportConfig, "results"),)
+    args = make_parser("fairseq-clinic report", COMMANDS["report"][1], sections).parse_args(argv)
     page = report.render(load_results(args.out_dir), args.out_dir)
     path = Path(args.out_dir) / "report.html"
     with atomic_write(path) as handle:

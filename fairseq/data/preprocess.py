@@ -71,8 +71,6 @@ def _check_flags(config: PreprocessConfig) -> None:
         raise FairseqError("--joined-dictionary means one dictionary: give --srcdict or --tgtdict, not both")
     if not (config.trainpref or config.validpref or config.testpref):
         raise FairseqError("nothing to do: give --trainpref, --validpref or --testpref")
-    if config.workers < 1 or config.padding_factor < 1:
-        raise FairseqError("--workers and --padding-factor must be at least 1")
     target_limits = (config.thresholdtgt, config.nwordstgt)
     if config.joined_dictionary and target_limits not in ((0, -1), (config.thresholdsrc, config.nwordssrc)):
         logger.warning(

@@ -5,7 +5,14 @@ and builds its parser. ``fairseq-train`` adds the flags of the chosen architectu
 which live beside their code.
 """
 
-from fairseq.options.clinic import ClinicCheckpointConfig, ClinicConfig, ClinicDataConfig, ClinicDepthConfig
+from fairseq.options.clinic import (
+    ClinicCheckpointConfig,
+    ClinicConfig,
+    ClinicDataConfig,
+    ClinicDepthConfig,
+    ClinicOutputConfig,
+    ClinicReportConfig,
+)
 from fairseq.options.common import CommonConfig, LogConfig
 from fairseq.options.data import DataConfig, PreprocessConfig, SubsetConfig
 from fairseq.options.generation import (
@@ -57,6 +64,8 @@ __all__ = [
     "ClinicConfig",
     "ClinicDataConfig",
     "ClinicDepthConfig",
+    "ClinicOutputConfig",
+    "ClinicReportConfig",
     "CommonConfig",
     "ComponentConfig",
     "DataConfig",

@@ -21,7 +21,7 @@ class ClinicDataConfig:
 
 @dataclass
 class ClinicConfig:
-    """What the clinic measures and where it writes."""
+    """What the clinic measures."""
 
     models: str | None = flag(
         None,
@@ -29,12 +29,25 @@ class ClinicConfig:
         metavar="NAMES",
     )
     seeds: list[int] = flag([1, 2, 3], "seeds of the models, which results are averaged over", least=0, below=2**63)
-    out_dir: str = flag("clinic", "directory of results: JSON and PNG", metavar="DIR")
-    name: str | None = flag(None, "name of the result's files (default: the command's)", metavar="NAME")
     cpu: bool = same_flag(CommonConfig, "cpu")
     user_dir: str | None = flag(
         None, "run the Python package in this directory, which may register init types", metavar="DIR"
     )
+
+
+@dataclass
+class ClinicOutputConfig:
+    """Where results go."""
+
+    out_dir: str = flag("clinic", "directory of results: JSON and PNG", metavar="DIR")
+    name: str | None = flag(None, "name of the result's files (default: the command's)", metavar="NAME")
+
+
+@dataclass
+class ClinicReportConfig:
+    """Where results are, and the report goes."""
+
+    out_dir: str = same_flag(ClinicOutputConfig, "out_dir")
 
 
 @dataclass

@@ -55,6 +55,6 @@ class PreprocessConfig:
     nwordssrc: int = flag(-1, "keep the N most frequent source words (-1: all)")
     nwordstgt: int = flag(-1, "keep the N most frequent target words (-1: all)")
     only_source: bool = flag(False, "there is no target side")
-    padding_factor: int = flag(8, "dictionary sizes are multiples of this")
-    workers: int = flag(1, "processes")
+    padding_factor: int = flag(8, "dictionary sizes are multiples of this", least=1)
+    workers: int = flag(1, "processes", least=1)
     dataset_impl: str = flag("mmap", "format of the data", choices=("mmap",))
