@@ -23,8 +23,8 @@ from fairseq.errors import FairseqError
 from fairseq.generation.ctranslate2_backend import CTranslate2Model, make_search, open_ctranslate2
 from fairseq.generation.output import TextFormat
 from fairseq.generation.translate import Translation, encode_source, open_models_and_data, translate_sentences
+from fairseq.hub import TransformerModel
 from fairseq.interactive import prompt
-from fairseq.models.hub import TransformerModel
 from fairseq.models.transformer import Transformer
 from fairseq.options import INTERACTIVE_SECTIONS, GenerationConfig, ServeConfig, parse_args, section
 from fairseq.utils.devices import choose_device

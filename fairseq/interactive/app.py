@@ -24,8 +24,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fairseq.errors import FairseqError
+from fairseq.hub import TextHypothesis, TextTranslation, TransformerModel
 from fairseq.interactive.worker import Abandoned, Busy, Worker
-from fairseq.models.hub import TextHypothesis, TextTranslation, TransformerModel
 
 STATIC = Path(__file__).parent / "static"
 PAGE = {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fairseq.errors import FairseqError
-from fairseq.models.hub import TextHypothesis, TextTranslation, TransformerModel
+from fairseq.hub import TextHypothesis, TextTranslation, TransformerModel
 from fairseq.utils.io import atomic_write
 
 try:

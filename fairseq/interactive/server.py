@@ -16,8 +16,8 @@ from typing import Any
 import uvicorn
 
 from fairseq.errors import FairseqError
+from fairseq.hub import TransformerModel
 from fairseq.interactive.app import Limits, make_app
-from fairseq.models.hub import TransformerModel
 
 logger = logging.getLogger(__name__)
 DEFAULT_PORT = 8000

@@ -1,6 +1,7 @@
-"""The Transformer, its settings and presets, and trained models ready to translate.
+"""The Transformer, its settings and presets.
 
-``TransformerModel`` is loaded when asked for: it needs the whole package, and the rest here does not.
+``TransformerModel``, a trained model ready to translate, is found here as in fairseq. It stands above this package, in
+``fairseq.hub``, and is loaded when asked for.
 """
 
 from __future__ import annotations
@@ -8,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fairseq.models.hub import TransformerModel
+    from fairseq.hub import TransformerModel
 
 __all__ = ["TransformerModel"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "TransformerModel":
-        from fairseq.models.hub import TransformerModel
+        from fairseq.hub import TransformerModel
 
         return TransformerModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
