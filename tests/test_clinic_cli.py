@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from fairseq import admin
 from fairseq.checkpoint import load_model
 from fairseq.cli import clinic
-from fairseq.clinic import figures
+from fairseq.clinic import check, figures
 from fairseq.clinic.subjects import split_paths
 from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import Transformer
@@ -173,6 +173,8 @@ def test_omega(tmp_path, adaptive_run, capsys):
 
 # -- the verdict on a training command
 
+FINE = "fine, with a learning rate that suits 6 layers"
+
 
 def diagnosis(capsys: pytest.CaptureFixture[str], databin: Path, layers: int, *flags: object) -> tuple[int, list[str]]:
     """Exit status and printed lines for a model of ``layers`` encoder and decoder layers."""
@@ -187,7 +189,7 @@ def test_check_of_a_shallow_model(toy_databin, capsys):
     status, lines = diagnosis(capsys, toy_databin, 2)
     shape = {"encoder_embed_dim": 16, "encoder_ffn_embed_dim": 24, "encoder_layers": 2, "decoder_layers": 2}
     model = Transformer(TransformerConfig(**shape, encoder_attention_heads=2, decoder_attention_heads=2), 32, 32)
-    assert (status, lines[-1]) == (0, "verdict: fine")
+    assert (status, lines[-1]) == (0, f"verdict: {FINE}")
     assert lines[0] == f"model: Post-LN, 2L-2L, {sum(p.numel() for p in model.parameters()):,} parameters"
     tokens = int(re.search(r"the first batch, (\d+) target tokens", lines[1])[1])  # type: ignore[index]
     assert 32 < tokens <= 64
@@ -196,9 +198,21 @@ def test_check_of_a_shallow_model(toy_databin, capsys):
 @pytest.mark.slow
 def test_check_of_deep_models(toy_databin, capsys):
     status, lines = diagnosis(capsys, toy_databin, 18)
-    assert (status, lines[-1]) == (1, "verdict: will probably diverge; use --init-type adaptive")
+    failing = "will probably diverge or stall; use --init-type adaptive, or a lower --lr"
+    assert (status, lines[-1]) == (1, f"verdict: {failing}")
     status, lines = diagnosis(capsys, toy_databin, 18, "--init-type", "adaptive")
-    assert (status, lines[-1]) == (0, "verdict: fine")
+    assert (status, lines[-1]) == (0, f"verdict: {FINE}")
+
+
+def test_check_says_what_it_does_not_know(toy_databin, capsys):
+    """ReZero starts as the identity, whose output no perturbation moves."""
+    status, lines = diagnosis(capsys, toy_databin, 2, "--init-type", "rezero")
+    assert (status, lines[2][:34], lines[-1][:18]) == (0, "output change at the start: 0.00 t", "verdict: not known")
+
+
+def test_check_near_the_limit():
+    close = check.Diagnosis("B2T", (8, 8), 1, 1, 1, 1, change=check.THRESHOLD, reference=1.0)
+    assert close.trains and close.verdict.startswith("near the limit, may train poorly; --init-type adaptive or fewer")
 
 
 def test_check_reads_the_training_flags(toy_databin, tmp_path, capsys):
@@ -208,7 +222,7 @@ def test_check_reads_the_training_flags(toy_databin, tmp_path, capsys):
     parameters = sum(p.numel() for p in model.parameters())
     for flags, count in ((("--optimizer", "adam"), 16), (("--optimizer", "sgd"), 8)):
         _, lines = diagnosis(capsys, toy_databin, 1, "--encoder-embed-dim", 1536, *flags)
-        assert f" {parameters * count / 2**30:.1f} GiB parameters, gradients and optimiser" in lines[1]
+        assert f" {parameters * count / 2**20:.0f} MiB parameters, gradients and optimiser" in lines[1]
     argv = command_line(toy_databin, tmp_path, "--max-tokens", 64)
     assert_fails(capsys, 1, "--max-target-positions 2", "check", *argv, "--max-target-positions", 2, main=clinic.main)
     assert_fails(capsys, 1, "other", "check", *argv, "--train-subset", "other", main=clinic.main)
@@ -232,6 +246,7 @@ class Page(HTMLParser):
         self.pictures: list[str] = []
         self.ids: list[str] = []
         self.cells: list[str] = []
+        self.titles: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
@@ -248,6 +263,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.tags[-1:] == ["td"]:
             self.cells.append(data)
+        elif self.tags[-1:] == ["h2"] and data.strip():
+            self.titles.append(data.strip())
 
 
 def test_report(toy_databin, tmp_path, adaptive_run):
@@ -261,7 +278,8 @@ def test_report(toy_databin, tmp_path, adaptive_run):
     page = Page()
     page.feed(text)
     page.close()
-    names = ["p<q&r-decoder", "p<q&r-encoder", "stability", "gradients", "omega"]
+    names = ["p<q&r-encoder", "p<q&r-decoder", "stability", "gradients", "omega"]
+    assert page.titles[:3] == ["Layer dependency, encoder: p<q&r", "Layer dependency, decoder: p<q&r", "Output change"]
     assert page.ids == names and page.links == [f"#{name}" for name in names]
     assert {*page.tags} & {"script", "link", "iframe", "object", "base", "b"} == set()
     assert "url(" not in text and "@import" not in text

@@ -174,7 +174,7 @@ def _save(args: Namespace, kind: str, data: dict[str, Any], figure: Any, name: s
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "dependency": (_dependency, "How much each sub-layer depends on each residual branch, as heat maps."),
     "stability": (_stability, "How the output change grows with depth, for random and gradient perturbations."),
-    "gradients": (_gradients, "Gradient norms of all sub-layers at the start of training."),
+    "gradients": (_gradients, "Gradient norms of all sub-layers, at the start of training and after it."),
     "omega": (_omega, "omega of a checkpoint or an omega file, at the start and after training."),
     "check": (_check, "Whether a fairseq-train command line will train, with its size; status 1 if probably not."),
     "report": (_report, "One HTML page with everything measured so far."),

@@ -26,6 +26,7 @@ from fairseq.models.transformer import PADDING_IDX, Transformer
 # Output change at the start, relative to 6L-6L Post-LN, above which training will probably diverge. See the
 # section "The threshold of check" in docs/clinic.md for the runs behind it.
 THRESHOLD = 1.5
+NEAR = 1.2  # from here to the threshold, training may go badly
 WIDTH = 64  # of the stand-in
 SEEDS = (3, 12)  # fewest and most stand-ins to average over; very deep ones are few, to answer within a minute
 LAYERS_MEASURED = 432
@@ -56,8 +57,20 @@ class Diagnosis:
 
     @property
     def trains(self) -> bool:
-        """The verdict."""
+        """Whether nothing speaks against it."""
         return self.ratio <= THRESHOLD
+
+    @property
+    def verdict(self) -> str:
+        """What to expect, at a learning rate that suits 6 layers of Post-LN."""
+        remedy = "--init-type adaptive" + ("" if self.label == "Post-LN" else " or fewer layers")
+        if self.change == 0:
+            return "not known: it starts as the identity, so nothing moves yet; only training tells"
+        if not self.trains:
+            return f"will probably diverge or stall; use {remedy}, or a lower --lr"
+        if self.ratio > NEAR:
+            return f"near the limit, may train poorly; {remedy} is safer, and so is a lower --lr"
+        return "fine, with a learning rate that suits 6 layers"
 
 
 def diagnose(cfg: TransformerConfig, vocabularies: tuple[int, int], batch: Any, args: Namespace) -> Diagnosis:
@@ -147,15 +160,13 @@ def as_text(diagnosis: Diagnosis) -> str:
     total = diagnosis.state_bytes + diagnosis.activation_bytes
     lines = [
         f"model: {diagnosis.label}, {encoder}L-{decoder}L, {diagnosis.parameters:,} parameters",
-        f"memory: about {_gib(total)}: {_gib(diagnosis.state_bytes)} parameters, gradients and optimiser, at most "
-        f"{_gib(diagnosis.activation_bytes)} activations of the first batch, {diagnosis.tokens:,} target tokens",
+        f"memory: about {_size(total)}: {_size(diagnosis.state_bytes)} parameters, gradients and optimiser, at most "
+        f"{_size(diagnosis.activation_bytes)} activations of the first batch, {diagnosis.tokens:,} target tokens",
         f"output change at the start: {diagnosis.ratio:.2f} times that of a 6L-6L Post-LN Transformer "
         f"(limit {THRESHOLD})",
     ]
-    otherwise = "" if diagnosis.label == "Post-LN" else " or fewer layers"
-    verdict = "fine" if diagnosis.trains else f"will probably diverge; use --init-type adaptive{otherwise}"
-    return "\n".join([*lines, f"verdict: {verdict}"])
+    return "\n".join([*lines, f"verdict: {diagnosis.verdict}"])
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -67,7 +67,8 @@ def dependency(entries: Sequence[dict[str, Any]], stack: str) -> Figure:
         ax.set_title(f"{_literally(entry['label'])}, {entry['stage']}")
         ax.set_xlabel("branch j (0: embedding)")
         ax.set_ylabel("sub-layer i")
-    figure.suptitle(f"{stack}: share of branch j in the output of sub-layer i", fontsize=FONT_SIZE + 1)
+    of = "share of branch j in the output of sub-layer i" if len(labels) > 1 else "share of branch j in sub-layer i"
+    figure.suptitle(f"{stack}: {of}", fontsize=FONT_SIZE + 1)
     if image is not None:
         bar = figure.colorbar(image, ax=axes, shrink=0.8, extend="min")
         bar.set_label(r"$\beta_{i,j}^2$")

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fairseq.clinic.results import DPI
 from fairseq.errors import FairseqError
 
 TITLES = {
@@ -17,12 +18,12 @@ TITLES = {
     "omega": "Omega",
 }
 EXPLANATIONS = {
-    "dependency": "Row i, column j: the share of residual branch j in the output of sub-layer i, beta squared. Post-LN "
-    "gives a sub-layer's own branch (the diagonal) about the same large share at every depth; Pre-LN and Admin about "
-    "1/i.",
+    "dependency": "Row i, column j: the share of residual branch j in the output of sub-layer i, beta squared. At the "
+    "start, Post-LN gives a sub-layer's own branch (the diagonal) about the same large share at every depth; Pre-LN "
+    "and Admin about 1/i.",
     "stability": "How far the encoder's output moves when its weights do, against the number of sub-layers. The faster "
     "it grows, the rougher the loss surface of a deep model: the amplification effect.",
-    "gradients": "Norm of the loss's gradient for every sub-layer at the start of training.",
+    "gradients": "Norm of the loss's gradient for every sub-layer.",
     "omega": "The scale of each sub-layer's shortcut: mean over the vector, and how far training has moved it from the "
     "value that it started from.",
 }
@@ -53,16 +54,27 @@ def render(results: dict[str, dict[str, Any]], directory: str | Path) -> str:
 
 
 def _title(name: str, result: dict[str, Any]) -> str:
-    title = TITLES[result["kind"]]
-    return title if name == result["kind"] else f"{title}: {escape(name)}"
+    title, usual = TITLES[result["kind"]], result["kind"]
+    stack = result["data"].get("stack")
+    if stack in ("encoder", "decoder"):
+        title, usual, own = f"{title}, {stack}", f"{usual}-{stack}", name.removesuffix(f"-{stack}")
+    else:
+        own = name
+    return title if name == usual else f"{title}: {escape(own)}"
+
+
+def _width(png: bytes) -> int:
+    """In CSS pixels, so that text has the same size in all pictures; the file's own are finer."""
+    return int.from_bytes(png[16:20], "big") * 100 // DPI
 
 
 def _section(name: str, result: dict[str, Any], picture: Path) -> str:
     kind = result["kind"]
     parts = [f'<section id="{escape(name)}">\n<h2>{_title(name, result)}</h2>\n<p>{EXPLANATIONS[kind]}</p>']
     if picture.is_file():
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<img src="data:image/png;base64,{data}" alt="{_title(name, result)}">')
+        png = picture.read_bytes()
+        data = base64.b64encode(png).decode()
+        parts.append(f'<img width="{_width(png)}" src="data:image/png;base64,{data}" alt="{_title(name, result)}">')
     try:
         parts.append(f'<div class="wide">{TABLES[kind](result["data"])}</div>')
     except (LookupError, TypeError, ValueError, AttributeError):

@@ -51,7 +51,7 @@ def _machine() -> str:
 
 
 def load_results(directory: str | Path) -> dict[str, dict[str, Any]]:
-    """name -> content of every result in a directory, by kind and name.
+    """name -> content of every result in a directory, by kind and name, an encoder's before the decoder's.
 
     Raises FairseqError when there is none, or a file of that name is not ours.
     """
@@ -68,4 +68,10 @@ def load_results(directory: str | Path) -> dict[str, dict[str, Any]]:
             raise FairseqError(f"{path}: not a result of fairseq-clinic; move it out of {directory}") from None
     if not found:
         raise FairseqError(f"{directory}: no results of fairseq-clinic there; measure something first")
-    return dict(sorted(found.items(), key=lambda item: (KINDS.index(item[1]["kind"]), item[0])))
+
+    def order(item: tuple[str, dict[str, Any]]) -> tuple[int, str, bool]:
+        name, content = item
+        own = name.removesuffix("-encoder").removesuffix("-decoder")
+        return KINDS.index(content["kind"]), own, content["data"].get("stack") == "decoder"
+
+    return dict(sorted(found.items(), key=order))
