@@ -59,7 +59,7 @@ class SmoothedCrossEntropy:
         return smoothed_nll(logits, target, self.epsilon, self.padding_idx)
 
     def from_features(
-        self, features: Tensor, weight: Tensor, target: Tensor, grad_scale: float = 1.0
+        self, features: Tensor, weight: Tensor, target: Tensor, grad_scale: Tensor | float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """The same of the logits ``features @ weight.T``; see `smoothed_nll_of_features`."""
         return smoothed_nll_of_features(features, weight, target, self.epsilon, self.padding_idx, grad_scale)
@@ -77,23 +77,33 @@ def smoothed_nll(logits: Tensor, target: Tensor, epsilon: float, padding_idx: in
 
 
 def smoothed_nll_of_features(
-    features: Tensor, weight: Tensor, target: Tensor, epsilon: float, padding_idx: int, grad_scale: float = 1.0
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    epsilon: float,
+    padding_idx: int,
+    grad_scale: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`smoothed_nll` of the logits ``features @ weight.T``, which never exist but for a slice of the tokens.
 
     features: (batch, time, dim); weight: (vocab, dim); target: (batch, time). Under autocast the products are of its
-    precision, as a linear layer's. grad_scale: the gradient that loss will be given by the backward pass; another is
-    as right, but in float16 small gradients are lost.
+    precision, as a linear layer's. grad_scale: the gradient that loss will be given by the backward pass, a number or a
+    scalar on the device; another is as right, but in float16 small gradients are lost.
     """
     device = features.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
     features, target = features.flatten(0, -2), target.flatten()
     if device == "cpu":  # a GPU would have to wait for the number of rows
-        rows = target.ne(padding_idx).nonzero().squeeze(-1)
-        features, target = features.index_select(0, rows), target.index_select(0, rows)
+        features, target = without_padding(features, target, padding_idx)
     with torch.autocast(device, enabled=False):
         loss, nll = _LossOfFeatures.apply(features.to(dtype), weight, target, epsilon, padding_idx, grad_scale)
     return loss, nll
+
+
+def without_padding(features: Tensor, target: Tensor, padding_idx: int) -> tuple[Tensor, Tensor]:
+    """The rows of features (tokens, dim) and target (tokens,) that have a target."""
+    rows = target.ne(padding_idx).nonzero().squeeze(-1)
+    return features.index_select(0, rows), target.index_select(0, rows)
 
 
 class _LossOfLogits(torch.autograd.Function):
@@ -127,7 +137,7 @@ class _LossOfFeatures(torch.autograd.Function):
         target: Tensor,
         epsilon: float,
         padding_idx: int,
-        grad_scale: float,
+        grad_scale: Tensor | float,
     ) -> tuple[Tensor, Tensor]:
         wants_grad = any(ctx.needs_input_grad)
         features_grad, weight_grad = None, None
@@ -165,7 +175,7 @@ class _Sums:
         self.nll = torch.zeros_like(self.loss)
         self.epsilon, self.padding_idx = epsilon, padding_idx
 
-    def add(self, logits: Tensor, target: Tensor, grad_scale: float | None) -> Tensor | None:
+    def add(self, logits: Tensor, target: Tensor, grad_scale: Tensor | float | None) -> Tensor | None:
         """Add a slice's losses; returns the loss's gradient by the logits, times ``grad_scale`` unless that is None.
 
         logits: (tokens, vocab); target: (tokens,).

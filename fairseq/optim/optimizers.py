@@ -1,8 +1,8 @@
 """Optimisers: torch's own, held to fairseq's formulas.
 
-Adam and RAdam are one class: torch's fused AdamW, whose learning rate, epsilon and decay are set anew for each step so
-that the update comes out as fairseq computes it. One fused kernel does the work, on the CPU and on a GPU alike, and
-both keep AdamW's state (``step``, ``exp_avg``, ``exp_avg_sq``).
+Adam and RAdam are one class: torch's fused AdamW, whose learning rate and decay are set anew for each step so that the
+update comes out as fairseq computes it. One fused kernel does the work, on the CPU and on a GPU alike, and both keep
+AdamW's state (``step``, ``exp_avg``, ``exp_avg_sq``).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fairseq.utils.flags import flag
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 Factory = Callable[[Params, Any, float], torch.optim.Optimizer]
+SETTLED = 2.0**30  # updates after which AdamW's own bias corrections are 1
 WEIGHT_DECAY_HELP = "weight decay (decoupled from the gradient, except with sgd)"
 
 
@@ -63,7 +64,8 @@ class Adam(torch.optim.AdamW):
         p <- (1 - lr d) p - lr r_t sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
 
     r_t is 1 for Adam. For RAdam it is the rectification of `rectification`; while that is undefined nothing moves, the
-    decay included. Unlike torch's, eps is not bias-corrected. Every parameter must take part in every step.
+    decay included. Unlike torch's, eps is not bias-corrected: torch's kernel is told that ``SETTLED`` updates are done,
+    and the corrections are in the learning rate that it is given. Every parameter must take part in every step.
     """
 
     def __init__(
@@ -78,40 +80,55 @@ class Adam(torch.optim.AdamW):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self._rectify = rectify
-        self._updates: int | None = 0  # None: to be read from the state; on a GPU that waits for the device
+        self._updates = 0
+        self._next = torch.zeros(2, 2, device=self.param_groups[0]["params"][0].device)  # see set_next
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, but ``step`` is a number, which all parameters share: a deep model's has 10,000 tensors less."""
         state = super().state_dict()
-        done = self._updates_done()
-        return state | {"state": {index: entries | {"step": done} for index, entries in state["state"].items()}}
+        steps = {index: entries | {"step": self._updates} for index, entries in state["state"].items()}
+        return state | {"state": steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the number of updates done comes from the state."""
         super().load_state_dict(state_dict)
-        self._updates = None
+        self._updates = max((int(entries["step"]) for entries in state_dict["state"].values()), default=0)
+        for entries in self.state.values():
+            entries["step"].fill_(SETTLED)
 
-    def _updates_done(self) -> int:
-        if self._updates is None:
-            self._updates = max((int(state["step"]) for state in self.state.values()), default=0)
-        return self._updates
+    def complete_state(self) -> None:
+        """Make the state of parameters that have none yet, which the first step would do."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if len(self.state) == len(parameters):
+            return
+        for parameter in parameters:
+            if parameter not in self.state:
+                self.state[parameter] = {
+                    "step": torch.full((), SETTLED, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+
+    def _move(self, group: dict[str, Any], lr: float, update: int) -> tuple[float, float]:
+        """(step size, decay) of ``update``, from 1: ``p <- (1 - decay) p - step size * m / (sqrt(v) + eps)``."""
+        beta1, beta2 = group["betas"]
+        factor = rectification(update, beta2) if self._rectify else 1.0
+        size = lr * factor * math.sqrt(1 - beta2**update) / (1 - beta1**update)
+        return size, lr * group["weight_decay"] if factor else 0.0
 
     def step(self, closure: Any = None) -> Any:
         """One update. closure: as torch's."""
-        update = self._updates_done() + 1
-        given = [(group["lr"], group["eps"], group["weight_decay"]) for group in self.param_groups]
+        self.complete_state()
+        given = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
         try:
-            for group, (lr, eps, weight_decay) in zip(self.param_groups, given, strict=True):
-                beta2 = group["betas"][1]
-                factor = rectification(update, beta2) if self._rectify else 1.0
-                group["lr"] = lr * factor
-                group["weight_decay"] = weight_decay / factor if factor else 0.0  # AdamW multiplies it by lr
-                group["eps"] = eps / math.sqrt(1 - beta2**update)
+            for group in self.param_groups:
+                size, decay = self._move(group, group["lr"], self._updates + 1)
+                group.update(lr=size, weight_decay=decay / size if size else 0.0)  # AdamW multiplies the two
             result = super().step(closure)
         finally:
-            for group, (lr, eps, weight_decay) in zip(self.param_groups, given, strict=True):
-                group.update(lr=lr, eps=eps, weight_decay=weight_decay)
-        self._updates = update
+            for group, (lr, weight_decay) in zip(self.param_groups, given, strict=True):
+                group.update(lr=lr, weight_decay=weight_decay)
+        self._updates += 1
         return result
 
     def step_unless(self, skip: Tensor) -> None:
@@ -127,8 +144,40 @@ class Adam(torch.optim.AdamW):
 
     def forget_step(self) -> None:
         """Do not count the last step, which the device has skipped."""
-        assert self._updates is not None
         self._updates -= 1
+
+    def set_next(self, lr: float, lr_after_skip: float | None = None) -> None:
+        """Count the next update and put on the device what `captured_step` does in it; does not wait for the device.
+
+        lr: the learning rate. lr_after_skip: what that is if the device has skipped the update before, which is not
+        known yet; None: it has not.
+        """
+        [group] = self.param_groups
+        self._updates += 1
+        move = self._move(group, lr, self._updates)
+        after_skip = move if lr_after_skip is None else self._move(group, lr_after_skip, self._updates - 1)
+        for cell, value in zip(self._next.view(-1), (*move, *after_skip), strict=True):
+            cell.fill_(value)  # one by one: a copy of all from the host's memory would wait
+
+    @torch.no_grad()
+    def captured_step(self, skip: Tensor, skipped_before: Tensor) -> None:
+        """The update of `set_next`, from the device's memory alone, so that a CUDA graph can repeat it.
+
+        skip: as in `step_unless`. skipped_before: whether the update before was skipped. Both are scalars. The state
+        must be complete.
+        """
+        [group] = self.param_groups
+        given = {name: group[name] for name in ("lr", "weight_decay", "capturable")}
+        size, decay = torch.where(skipped_before, self._next[1], self._next[0])
+        if given["weight_decay"]:
+            torch._foreach_mul_(group["params"], 1 - decay.masked_fill(skip, 0.0))
+        self.found_inf = skip.float()
+        group.update(lr=size, weight_decay=0.0, capturable=True)
+        try:
+            super().step()
+        finally:
+            del self.found_inf
+            group.update(given)
 
 
 def rectification(update: int, beta2: float) -> float:
