@@ -2,8 +2,14 @@
 
 Every row of the table is a process of its own that trains as fairseq-train would, on batches in memory: label smoothing
 0.1, Adam, dropout as the architecture says, tied embeddings. The batches timed are taken at even distances from all of
-the split's, ordered by length. --baseline adds a plain loop over torch.nn.Transformer of the same shape, on the same
-data batched as fairseq batches it (sorted by source, then target length; multiples of 8).
+the split's, ordered by length. --variants measures ways to do an update one by one: eager; shapes (eager, on batches of
+--batch-shapes shapes); compile (--compile, on batches of any shape); graphs (--cuda-graphs, on batches of few shapes);
+compile+graphs. --baseline adds a plain loop over torch.nn.Transformer of the same shape, on the same data batched as
+fairseq batches it (sorted by source, then target length; multiples of 8). With batches of few shapes two of each are
+done before the clock starts, since the first is eager and the second recorded.
+
+start-up: seconds from the command to the end of the first update; steady: to the start of the clock; again: the same of
+a second process, which finds what the first has compiled (--again).
 """
 
 from __future__ import annotations
@@ -27,7 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq.data.batching import plan_batches, select_by_size, sort_by_length
-from fairseq.data.translation import Batch, TranslationData
+from fairseq.data.shapes import plan_shapes
+from fairseq.data.translation import Batch, BatchShape, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import PADDING_IDX
@@ -43,7 +50,21 @@ from fairseq.utils.io import atomic_write
 from fairseq.utils.memory import keep_freed_memory, peak_memory
 
 LABEL_SMOOTHING = 0.1
-COLUMNS = ("model", "tokens", "precision", "wps", "ms/step", "memory", "TFLOP/s", "MFU", "padding", "start-up")
+COLUMNS = (
+    "model",
+    "tokens",
+    "precision",
+    "wps",
+    "ms/step",
+    "memory",
+    "TFLOP/s",
+    "MFU",
+    "padding",
+    "start-up",
+    "steady",
+    "again",
+)
+VARIANTS = ("eager", "shapes", "compile", "graphs", "compile+graphs")
 
 
 def main() -> None:
@@ -55,9 +76,12 @@ def main() -> None:
     for arch in args.arch:
         for max_tokens in args.max_tokens:
             for precision in args.precision:
-                kinds = ["baseline"] * args.baseline + ["ours"] + ["compiled"] * args.compile
-                for kind in kinds:
+                for kind in ["baseline"] * args.baseline + args.variants:
                     row = _in_new_process(args, kind, arch, max_tokens, precision)
+                    if args.again:
+                        row["steady_again_seconds"] = _in_new_process(args, kind, arch, max_tokens, precision)[
+                            "steady_seconds"
+                        ]
                     rows.append(row)
                     print(_line(row), flush=True)
     if args.json:
@@ -73,7 +97,9 @@ def _parse_args() -> Namespace:
     parser.add_argument("--arch", nargs="+", default=["transformer_iwslt_de_en"], help="architectures")
     parser.add_argument("--max-tokens", nargs="+", type=int, default=[4096], help="tokens a batch, padding included")
     parser.add_argument("--precision", nargs="+", choices=("float32", "bf16", "fp16"), default=["float32"])
-    parser.add_argument("--compile", action="store_true", help="also with --compile")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["eager"], help="ways to do an update")
+    parser.add_argument("--batch-shapes", type=int, default=48, help="shapes of all but eager, compile and --baseline")
+    parser.add_argument("--again", action="store_true", help="start each a second time, for its time to steady state")
     parser.add_argument("--baseline", action="store_true", help="also a plain loop over torch.nn.Transformer")
     parser.add_argument("--updates", type=int, default=20, help="updates to time")
     parser.add_argument("--warmup", type=int, default=5, help="updates before those")
@@ -104,28 +130,34 @@ def _measure(args: Namespace, started: float, kind: str, arch: str, max_tokens: 
         "adam",
     ]
     flags += ["--share-all-embeddings", "--lr", 1e-4]
-    flags += [f"--{precision}"] * (precision == "bf16") + ["--compile"] * (kind == "compiled")
+    flags += [f"--{precision}"] * (precision == "bf16") + ["--compile"] * ("compile" in kind)
+    flags += ["--cuda-graphs"] * ("graphs" in kind)
     train_args = parse_train_args([str(flag) for flag in flags])
     train_args.fp16 = precision == "fp16"
     data = TranslationData.open(section(DataConfig, train_args))
     train_args.source_lang, train_args.target_lang = data.source_lang, data.target_lang
-    batches = _batches(kind, data, train_args, (args.warmup, args.updates))
+    shapes = args.batch_shapes if kind == "shapes" or "graphs" in kind else 0
+    before_clock, timed = _batches(kind, data, train_args, args.warmup, args.updates, shapes)
+    if device.type == "cuda":
+        before_clock, timed = ([_pinned(batch) for batch in batches] for batches in (before_clock, timed))
     step = (_plain_loop if kind == "baseline" else _trainer)(train_args, data, device)
     before = peak_memory(device)
-    seconds, start_up = 0.0, 0.0
-    for i, batch in enumerate(batches):
-        if i == args.warmup:
-            _wait(device)
-            seconds = -time.perf_counter()
+    start_up = 0.0
+    for batch in before_clock:
         step(batch)
-        if i == 0:
+        if not start_up:
             _wait(device)
             start_up = time.time() - started
     _wait(device)
+    steady, seconds = time.time() - started, -time.perf_counter()
+    for batch in timed:
+        step(batch)
+    _wait(device)
     seconds += time.perf_counter()
-    return _row(kind, train_args, data, device, batches[args.warmup :], seconds) | {
+    return _row(kind, train_args, data, device, timed, seconds) | {
         "precision": precision,
         "startup_seconds": start_up,
+        "steady_seconds": steady,
         "memory_gb": peak_memory(device) if device.type == "cuda" else peak_memory(device) - before,
     }
 
@@ -146,7 +178,7 @@ def _row(
     peak = device_peak_flops(device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "model": args.arch + {"ours": "", "compiled": " --compile", "baseline": " torch.nn"}[kind],
+        "model": args.arch + {"eager": "", "baseline": " torch.nn"}.get(kind, f" {kind}"),
         "kind": kind,
         "arch": args.arch,
         "max_tokens": args.max_tokens,
@@ -159,8 +191,13 @@ def _row(
     }
 
 
-def _batches(kind: str, data: TranslationData, args: Namespace, counts: tuple[int, ...]) -> list[Batch]:
-    """``counts`` batches one after another, each time from the shortest sentences to the longest at even distances."""
+def _batches(
+    kind: str, data: TranslationData, args: Namespace, warmup: int, count: int, shapes: int
+) -> tuple[list[Batch], list[Batch]]:
+    """Batches to warm up with and to time, each from the shortest sentences to the longest at even distances.
+
+    shapes: most that they may have (0: any), and then two of each come first.
+    """
     dataset, rng = data.load("train", 1), np.random.default_rng(1)
     assert dataset.tgt_sizes is not None
     limits = args.max_source_positions, args.max_target_positions
@@ -171,11 +208,26 @@ def _batches(kind: str, data: TranslationData, args: Namespace, counts: tuple[in
         order = order[np.argsort(dataset.src_sizes[order], kind="stable")]
     else:
         order = sort_by_length(dataset.src_sizes, dataset.tgt_sizes, order, rng)
-    plan = plan_batches(
-        dataset.src_sizes, dataset.tgt_sizes, order, max_tokens=args.max_tokens, required_batch_size_multiple=8
+    sizes, budget = (dataset.src_sizes, dataset.tgt_sizes, order), {"max_tokens": args.max_tokens}
+    plan: list[tuple[np.ndarray, BatchShape | None]]
+    if shapes:
+        plan = list(plan_shapes(*sizes, shapes, rng, required_batch_size_multiple=8, **budget))
+    else:
+        plan = [(batch, None) for batch in plan_batches(*sizes, required_batch_size_multiple=8, **budget)]
+    first, timed = (
+        [dataset.collate(*plan[(2 * i + 1) * len(plan) // (2 * n)]) for i in range(n)] for n in (warmup, count)
     )
-    places = [(2 * i + 1) * len(plan) // (2 * count) for count in counts for i in range(count)]
-    return [dataset.collate(plan[place]) for place in places]
+    if shapes:
+        one_each = [dataset.collate(*batch) for batch in {batch[1]: batch for batch in plan}.values()]
+        first = one_each * 2 + first
+    return first, timed
+
+
+def _pinned(value: Any) -> Any:
+    """A batch in memory that a GPU copies from without waiting, as fairseq-train reads it."""
+    if isinstance(value, dict):
+        return {key: _pinned(item) for key, item in value.items()}
+    return value.pin_memory() if isinstance(value, Tensor) else value
 
 
 def _trainer(args: Namespace, data: TranslationData, device: torch.device) -> Callable[[Batch], Any]:
@@ -290,6 +342,8 @@ def _line(row: dict[str, Any]) -> str:
             f"{100 * row['mfu']:.1f}%" if row["mfu"] else "-",
             f"{100 * row['padding']:.1f}%",
             f"{row['startup_seconds']:.1f} s",
+            f"{row['steady_seconds']:.1f} s",
+            f"{row['steady_again_seconds']:.1f} s" if "steady_again_seconds" in row else "-",
         )
     )
 

@@ -17,9 +17,10 @@ class TrainDataConfig:
     """Which subset to train on, and when to validate."""
 
     train_subset: str = flag("train", "subset to train on", metavar="SPLIT")
-    batch_shapes: int = flag(
-        0,
-        "pad training batches to at most N shapes, chosen for the least padding (0: each as small as it can be)",
+    batch_shapes: int | None = flag(
+        None,
+        "pad training batches to at most N shapes, chosen for the least padding (0: each batch as small as it can be; "
+        "default: 0, or 48 with --cuda-graphs)",
         least=0,
     )
     validate_interval: int = flag(1, "validate every N epochs", least=1)
@@ -62,7 +63,13 @@ class OptimizationConfig:
     )
     sentence_avg: bool = flag(False, "normalise gradients by sentences instead of tokens")
     update_freq: list[int] = flag([1], "batches a process adds up before an update; a list is by epoch: 4,2,1", least=1)
-    compile: bool = flag(False, "compile the layers with torch.compile: slower to start, then faster")
+    compile: bool = flag(False, "compile the layers with torch.compile: slower to start, then faster", switch=True)
+    cuda_graphs: bool = flag(
+        False,
+        "record each batch shape's update as a CUDA graph and repeat that: one GPU, adam or radam, no checkpointed "
+        "activations; not yet tried on a GPU",
+        switch=True,
+    )
     lr: list[float] = flag([0.25], "learning rate; a list is by epoch (fixed)", "--learning-rate", least=0)
 
 

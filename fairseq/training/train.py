@@ -23,6 +23,8 @@ from fairseq.utils.memory import keep_freed_memory
 
 logger = logging.getLogger("fairseq.train")
 
+GRAPH_SHAPES = 48  # batch shapes with --cuda-graphs
+
 
 def train(args: Namespace, world: World) -> None:
     """Train as ``args`` (from ``options.parse_train_args``) say, in one process of ``world``.
@@ -37,6 +39,9 @@ def train(args: Namespace, world: World) -> None:
     args.source_lang, args.target_lang = data.source_lang, data.target_lang
     with _open_log(args, world) as log:
         model = build_model(args, len(data.src_dict), len(data.tgt_dict))
+        shapes = args.batch_shapes
+        if shapes is None:
+            shapes = GRAPH_SHAPES if args.cuda_graphs and world.device.type == "cuda" else 0
         itr = EpochBatchIterator(
             lambda epoch: data.load(args.train_subset, epoch),
             max_tokens=args.max_tokens,
@@ -48,7 +53,7 @@ def train(args: Namespace, world: World) -> None:
             world_size=world.size,
             num_workers=args.num_workers,
             pin_memory=world.device.type == "cuda",
-            planner=partial(plan_shapes, count=args.batch_shapes) if args.batch_shapes else None,
+            planner=partial(plan_shapes, count=shapes) if shapes else None,
         )
         if args.init_type == PROFILING and world.is_master:
             profile_to_file(args, model, itr, world)

@@ -5,6 +5,9 @@ device until ``take_stats`` asks for them, so that on a GPU an update waits for 
 
 An update whose loss or gradients are not finite changes nothing and is skipped. With a fused optimiser on a GPU the
 device itself does so, and this process learns of it when the next update is about to be applied.
+
+`losses`, `backpropagate`, `normalise` and `update_parameters` run on the device alone: they read nothing back, and what
+differs from update to update comes to them in tensors. So a CUDA graph can repeat them.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +32,7 @@ from fairseq.optim.optimizers import Adam
 from fairseq.options import MemoryConfig, OptimizationConfig, TrainLogConfig, section
 from fairseq.registry import CRITERIONS, LR_SCHEDULERS, OPTIMIZERS
 from fairseq.training.activations import apply_memory_flags
+from fairseq.training.capture import with_graphs
 from fairseq.training.compile import compile_layers
 from fairseq.training.distributed import World
 from fairseq.training.divergence import advice, find_break
@@ -77,11 +81,14 @@ class Trainer:
         self.epoch = 1
         self._ooms_in_a_row = 0
         self._stats = torch.zeros(len(STATS), dtype=torch.float64, device=world.device)
+        self.outcome = torch.zeros(4, dtype=torch.float64, device=world.device)  # of the last update, see normalise
+        self._scale = torch.ones((), device=world.device)  # of the loss; the scaler's, where there is one
         # The device skips by itself where the optimiser can; fp16's scale must know; on the CPU looking costs nothing
         device_skips = isinstance(self.optimizer, Adam) and not self._sharded and self.cfg.max_nonfinite_updates > 1
         self._check_every_update = args.fp16 or world.device.type == "cpu" or not device_skips
-        self._unread: Callable[[], list[float]] | None = None  # the last update's outcome, see _apply
+        self._unread: Callable[[], list[float]] | None = None  # the last update's outcome, on its way from the device
         self.dummy_batch: Callable[[], Batch] | None = None  # for a process that has run out of batches
+        self._step = with_graphs(self) if args.cuda_graphs else self.eager_step
 
     def _make_scaler(self) -> DynamicLossScaler:
         cfg: TrainLogConfig = section(TrainLogConfig, self.args)
@@ -104,7 +111,7 @@ class Trainer:
         frequencies = self.cfg.update_freq
         return frequencies[min(self.epoch, len(frequencies)) - 1]
 
-    def train_step(self, micro_batches: list[Batch | None]) -> bool:
+    def train_step(self, micro_batches: Sequence[Batch | None]) -> bool:
         """Do one update. micro_batches: this process's; None where it has run out and others have not.
 
         Returns False when the update was skipped: its loss or gradients were not finite, or no batch fitted into
@@ -112,8 +119,14 @@ class Trainer:
         when too many are skipped, the loss scale has no way down, or processes cannot go on without the batch.
         """
         self._wrapped.train()
+        if self.scaler is not None:
+            self._scale.fill_(self.scaler.scale)
+        return self._step(micro_batches)
+
+    def eager_step(self, micro_batches: Sequence[Batch | None]) -> bool:
+        """One update, kernel by kernel; see `train_step`, which everybody else calls."""
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.world.device)  # and ooms
+        sums = self.new_sums()
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             if isinstance(self._wrapped, nn.parallel.DistributedDataParallel) and not is_last:
@@ -122,6 +135,10 @@ class Trainer:
             else:
                 self._backward(batch, index, sums, averages=self.world.size > 1)
         return self._apply(self.world.sum(sums), micro_batches)
+
+    def new_sums(self) -> Tensor:
+        """Zeros, float64: what an update adds up, as in SUMS, and the batches that ran out of memory."""
+        return torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.world.device)
 
     def _backward(self, batch: Batch | None, index: int, sums: Tensor, averages: bool = False) -> None:
         """Add one micro-batch's gradients to the parameters', and its statistics to ``sums``.
@@ -132,14 +149,12 @@ class Trainer:
         if batch is None:
             assert self.dummy_batch is not None
             batch = self.dummy_batch()
-        self._seed(index)
-        scale = self.scaler.scale if self.scaler else 1.0
+        self.seed(index)
         during, loss, nll = "forward", None, None
         try:
-            loss, nll = batch_losses(self._wrapped, self.criterion, batch, self.args, self.world.device, scale)
+            loss, nll = self.losses(batch)
             during = "backward"
-            (loss * (weight * scale)).backward()
-            sums[: len(SUMS)] += weight * batch_sums(batch, loss.detach(), nll.detach())
+            self.backpropagate(batch, loss, nll, sums, weight)
             self._ooms_in_a_row = 0
             return
         except (RuntimeError, MemoryError) as error:
@@ -147,6 +162,22 @@ class Trainer:
                 raise
         del loss, nll  # with these and the error, all activations are gone
         self._drop(batch, during, sums, averages)
+
+    @property
+    def loss_scale(self) -> Tensor | float:
+        """What the loss is multiplied by before its backward pass; where that changes, a scalar on the device."""
+        return 1.0 if self.scaler is None else self._scale
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Forward pass: (loss, nll) of a micro-batch, scalars."""
+        return batch_losses(self._wrapped, self.criterion, batch, self.args, self.world.device, self.loss_scale)
+
+    def backpropagate(self, batch: Batch, loss: Tensor, nll: Tensor, sums: Tensor, weight: float = 1.0) -> None:
+        """Backward pass: add ``weight`` times a micro-batch's gradients to the parameters', and its statistics to
+        ``sums``, of `new_sums`.
+        """
+        (loss * (weight * self.loss_scale)).backward()
+        sums[: len(SUMS)] += weight * batch_sums(batch, loss.detach(), nll.detach())
 
     def _drop(self, batch: Batch, during: str, sums: Tensor, averages: bool) -> None:
         """Go on without a micro-batch that ran out of memory. during: forward or backward; for the rest `_backward`."""
@@ -168,7 +199,7 @@ class Trainer:
             loss, _ = batch_losses(self._wrapped, self.criterion, smallest_batch(batch), self.args, self.world.device)
             (loss * 0.0).backward()
 
-    def _seed(self, micro_batch: int) -> None:
+    def seed(self, micro_batch: int) -> None:
         """Seed dropout by update, skipped ones counted, and by the micro-batch's place among all processes'.
 
         So a resumed run goes on as if never stopped, and two processes draw what one with twice --update-freq draws.
@@ -177,17 +208,16 @@ class Trainer:
         seed = np.random.SeedSequence([self.args.seed, self.num_updates + self.skipped, place]).generate_state(1)[0]
         torch.manual_seed(int(seed))
 
-    def _apply(self, sums: Tensor, micro_batches: list[Batch | None]) -> bool:
-        """Normalise and clip the gradients and update the parameters; returns as ``train_step``.
+    def normalise(self, sums: Tensor) -> Tensor:
+        """By what the gradients are to be multiplied, clipping included: a scalar, float32.
 
-        sums: of the whole update, as in SUMS, and the batches that ran out of memory.
+        sums: of the whole update. Adds to the statistics, and fills
+        ``outcome``: whether to skip the update; its loss, gradient norm and sample size.
         """
         sample_size = sums[3] if self.cfg.sentence_avg else sums[2]
-        scale = self.scaler.scale if self.scaler else 1.0
-        grads = [local(p.grad) for p in self.parameters if p.grad is not None]
         # DistributedDataParallel, or FSDP2, has divided the sum over processes by their number
-        factor = (self.world.size / scale / sample_size).float()
-        gnorm = torch.nn.utils.get_total_norm(grads)
+        factor = (self.world.size / self.loss_scale / sample_size).float()
+        gnorm = torch.nn.utils.get_total_norm(self._gradients())
         if self._sharded:
             gnorm = self.world.sum(gnorm.square()).sqrt()
         gnorm = gnorm * factor
@@ -199,13 +229,45 @@ class Trainer:
         rest = torch.stack([sample_size, gnorm.double(), clipped, torch.ones_like(sample_size)])
         done = torch.cat([sums[: len(SUMS)], rest])
         self._stats += torch.cat([done.masked_fill(skip, 0.0), skip.double()[None], sums[-1:]])
-        outcome = torch.stack([skip.double(), sums[0], gnorm.double(), sample_size])
+        self.outcome.copy_(torch.stack([skip.double(), sums[0], gnorm.double(), sample_size]))
+        return factor
+
+    def update_parameters(self, sums: Tensor) -> None:
+        """End an update on the device, which skips it if need be; part of `step_on_device`. sums: as in `normalise`."""
+        assert isinstance(self.optimizer, Adam)
+        skipped_before = self.outcome[0] != 0
+        torch._foreach_mul_(self._gradients(), self.normalise(sums))
+        self.optimizer.captured_step(self.outcome[0] != 0, skipped_before)
+
+    def step_on_device(self, run: Callable[[], None], micro_batches: Sequence[Batch | None]) -> bool:
+        """One update by ``run``, which seeds, sends what differs, and repeats recorded work that ends with
+        `update_parameters`; returns as ``train_step``. Waits for nothing, but with fp16, whose scale must know.
+        """
+        assert isinstance(self.optimizer, Adam)
+        lr_after_skip = self.lr_at(self.num_updates - 1, self.epoch) if self._unread else None
+        self.optimizer.set_next(self.lr, lr_after_skip)
+        run()
+        self._read_outcome()  # of the update before
+        self._unread = _on_its_way_to_host(self.outcome)
+        self.num_updates += 1
+        if self._check_every_update and self._read_outcome(micro_batches):
+            return False
+        if self.scaler is not None:
+            self.scaler.update(overflow=False)
+        return True
+
+    def _gradients(self) -> list[Tensor]:
+        return [local(p.grad) for p in self.parameters if p.grad is not None]
+
+    def _apply(self, sums: Tensor, micro_batches: Sequence[Batch | None]) -> bool:
+        """Normalise and clip the gradients and update the parameters; returns as ``train_step``."""
+        factor = self.normalise(sums)
         self._read_outcome()
         look = self._check_every_update or self.nonfinite_in_a_row > 0
-        if look and skip:
-            self._skip(outcome.tolist(), micro_batches)
+        if look and self.outcome[0]:
+            self._skip(self.outcome.tolist(), micro_batches)
             return False
-        torch._foreach_mul_(grads, factor)
+        torch._foreach_mul_(self._gradients(), factor)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         if look:
@@ -213,25 +275,31 @@ class Trainer:
             self.nonfinite_in_a_row = 0
         else:
             assert isinstance(self.optimizer, Adam)
-            self.optimizer.step_unless(skip)
-            self._unread = _on_its_way_to_host(outcome)
+            self.optimizer.step_unless(self.outcome[0])
+            self._unread = _on_its_way_to_host(self.outcome)
         if self.scaler is not None:
             self.scaler.update(overflow=False)
         self.num_updates += 1
         return True
 
-    def _read_outcome(self) -> None:
-        """Correct the counts if the device has skipped the last update."""
-        if self._unread is None:
-            return
-        outcome, self._unread = self._unread(), None
-        if outcome[0]:
-            assert isinstance(self.optimizer, Adam)
-            self.optimizer.forget_step()
-            self.num_updates -= 1
-            self._skip(outcome, [])
+    def _read_outcome(self, micro_batches: Sequence[Batch | None] = ()) -> bool:
+        """Correct the counts if the device has skipped the last update; returns whether it has.
 
-    def _skip(self, outcome: list[float], micro_batches: list[Batch | None]) -> None:
+        micro_batches: that update's, where they are still at hand.
+        """
+        if self._unread is None:
+            return False
+        outcome, self._unread = self._unread(), None
+        if not outcome[0]:
+            self.nonfinite_in_a_row = 0
+            return False
+        assert isinstance(self.optimizer, Adam)
+        self.optimizer.forget_step()
+        self.num_updates -= 1
+        self._skip(outcome, micro_batches)
+        return True
+
+    def _skip(self, outcome: list[float], micro_batches: Sequence[Batch | None]) -> None:
         """Count an update that changed nothing; raises FairseqError when it is one too many.
 
         outcome: 1; the loss; the gradient norm; the sample size. micro_batches: to find out where it broke.
@@ -251,7 +319,7 @@ class Trainer:
             )
         self.skipped += 1
 
-    def _lower_scale(self, scaler: DynamicLossScaler, bad: str, micro_batches: list[Batch | None]) -> bool:
+    def _lower_scale(self, scaler: DynamicLossScaler, bad: str, micro_batches: Sequence[Batch | None]) -> bool:
         """Answer an overflow; returns False at ``--threshold-loss-scale``, where it may have no end. See `_skip`."""
         if scaler.scale == scaler.threshold:
             return False
@@ -262,8 +330,11 @@ class Trainer:
         logger.info(f"gradients overflow: update skipped, loss scale now {scaler.scale:g}")
         return True
 
-    def _diverged(self, bad: str, why: str, micro_batches: list[Batch | None]) -> FairseqError:
+    def _diverged(self, bad: str, why: str, micro_batches: Sequence[Batch | None]) -> FairseqError:
         """The error that ends training; all processes call this. why: it ends now. For the rest see `_skip`."""
+        if all(parameter.grad is None for parameter in self.parameters):  # a CUDA graph has had them
+            for index, batch in enumerate(micro_batches):
+                self._backward(batch, index, self.new_sums())
         where = find_break(self.model, self.world, micro_batches, self._loss_again)
         return FairseqError(
             f"training diverges at update {self.num_updates + 1}, learning rate {self.lr:g}: {bad} ({why}); {where}; "
@@ -275,7 +346,7 @@ class Trainer:
         if batch is None:
             assert self.dummy_batch is not None
             batch = self.dummy_batch()
-        self._seed(index)
+        self.seed(index)
         return batch_losses(self.model, self.criterion, batch, self.args, self.world.device)[0]
 
     def take_stats(self) -> dict[str, float]:
@@ -321,7 +392,7 @@ def batch_losses(
     batch: Batch,
     args: Namespace,
     device: torch.device,
-    grad_scale: float = 1.0,
+    grad_scale: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """(loss, nll) of a batch in the precision that ``args`` ask for, summed over target tokens, in nats.
 
@@ -340,14 +411,15 @@ def batch_losses(
 def batch_sums(batch: Batch, loss: Tensor, nll: Tensor) -> Tensor:
     """A batch's statistics in the order of SUMS, float64."""
     # filled on the device: copying a tensor there would wait for all work queued so far
-    counts = [torch.full_like(loss, batch[key]) for key in ("ntokens", "nsentences")]
-    return torch.stack([loss, nll, *counts]).double()
+    counts = [torch.zeros_like(loss, dtype=torch.float64) + batch[key] for key in ("ntokens", "nsentences")]
+    return torch.stack([loss.double(), nll.double(), *counts])
 
 
 def _on_its_way_to_host(tensor: Tensor) -> Callable[[], list[float]]:
     """Start to copy a vector to the host; returns what waits for it."""
     if tensor.device.type != "cuda":
-        return tensor.tolist
+        values = tensor.tolist()
+        return lambda: values
     copy, arrived = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
     arrived.record()
 

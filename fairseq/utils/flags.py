@@ -27,6 +27,7 @@ def flag(
     positional: bool = False,
     const: Any = None,
     repeat: bool = False,
+    switch: bool = False,
     least: float | None = None,
     most: float | None = None,
     below: float | None = None,
@@ -35,8 +36,8 @@ def flag(
 
     aliases: other spellings, such as ``-s`` or an older ``--max-sentences``; they also name the field in old
     checkpoints. choices: allowed values, or a function that lists them when the parser is built. const: the value of
-    the flag when it stands alone. repeat: the flag may be given several times, an item of a list each. least, most,
-    below: bounds of a number, or of each number in a list.
+    the flag when it stands alone. repeat: the flag may be given several times, an item of a list each. switch:
+    ``--no-NAME`` turns it off again. least, most, below: bounds of a number, or of each number in a list.
     """
     metadata = {
         "help": help,
@@ -46,6 +47,7 @@ def flag(
         "positional": positional,
         "const": const,
         "repeat": repeat,
+        "switch": switch,
         "bounds": (least, most, below),
     }
     if isinstance(default, (list, dict)):
@@ -159,7 +161,9 @@ def add_flags(
         if not suppress_defaults and default not in (None, False, "", [], {}) and not meta["positional"]:
             shown = ",".join(map(str, default)) if isinstance(default, list) else default
             settings["help"] += f" (default: {shown})".replace("%", "%%")
-        if hints[field.name] is bool and default is False:
+        if meta["switch"]:
+            settings["action"] = argparse.BooleanOptionalAction
+        elif hints[field.name] is bool and default is False:
             settings["action"] = "store_true"
         elif meta["repeat"]:
             settings |= {"action": "append", "metavar": meta["metavar"]}

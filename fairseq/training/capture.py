@@ -1,0 +1,232 @@
+"""``--cuda-graphs``: updates that the GPU repeats by itself, recorded once a batch shape, from outside the trainer.
+
+Launching its kernels one by one takes longer than a small model's update itself. A CUDA graph is such a sequence of
+kernels with every address and number in it, and one launch repeats it. So a batch is copied into buffers of its shape's
+graph, and what else differs from update to update (the step size, the loss scale, counts of tokens) is on the device.
+
+A shape's first update is one like any other, by which what it needs is loaded, compiled and tuned; its second is
+recorded, which executes nothing, and then repeated. Where an update has one micro-batch, a graph is the whole update.
+Where it has several, each adds its gradients to buffers that all graphs share, and one graph more applies them. Graphs
+share their memory: no two run at once, and none leaves anything there for another.
+
+Dropout draws what it would draw without graphs: torch has a graph take seed and offset of the CUDA generator from the
+host when it is launched, and the trainer seeds that before every micro-batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from fairseq.data.translation import Batch
+from fairseq.optim.optimizers import Adam
+from fairseq.training.out_of_memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from fairseq.training.trainer import Trainer
+
+logger = logging.getLogger("fairseq.train")
+
+MOST_GRAPHS = 128  # further shapes run without
+Step = Callable[[Sequence[Batch | None]], bool]
+Shape = tuple[int, ...]
+
+
+class Recorder(Protocol):
+    """What records device work and repeats it; in tests also something that does so on the CPU."""
+
+    def on_stream(self) -> contextlib.AbstractContextManager[None]:
+        """Where updates run, those that are not recorded included."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What repeats ``work``, which is not executed. ``work`` reads nothing back from the device."""
+
+    def recover(self) -> None:
+        """Call when `record` has failed."""
+
+
+class CudaRecorder:
+    """`Recorder` of CUDA graphs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @contextlib.contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """A stream of our own: the default one cannot be recorded, nor can a backward pass that ran there before."""
+        outer = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(outer)
+        with torch.cuda.stream(self._stream):
+            yield
+        outer.wait_stream(self._stream)
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `Recorder`. Raises what ``work`` does, and RuntimeError for what cannot be recorded."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the thread that pins batches may go on
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+    def recover(self) -> None:
+        """A failed recording can leave the generator convinced that one is under way: go on with a copy of it."""
+        generator = torch.cuda.default_generators[self._device.index or 0]
+        generator.graphsafe_set_state(generator.clone_state())
+        torch.cuda.empty_cache()
+
+
+def with_graphs(trainer: Trainer) -> Step:
+    """What does the updates of ``trainer`` from now on: by CUDA graphs where that works, else as without, said once."""
+    if reason := _obstacle(trainer):
+        logger.warning(f"--cuda-graphs does nothing here: {reason}")
+        return trainer.eager_step
+    return UpdateGraphs(trainer, CudaRecorder(trainer.world.device)).step
+
+
+def _obstacle(trainer: Trainer) -> str:
+    args = trainer.args
+    for is_there, reason in (
+        (trainer.world.device.type != "cuda", "training is not on a GPU"),
+        (trainer.world.size > 1, "there are several processes"),
+        (not isinstance(trainer.optimizer, Adam), f"--optimizer {args.optimizer} cannot skip an update on the device"),
+        (args.checkpoint_activations or args.offload_activations, "activations are checkpointed"),
+    ):
+        if is_there:
+            return reason
+    return ""
+
+
+class UpdateGraphs:
+    """The recorded updates of a trainer that `_obstacle` lets pass."""
+
+    def __init__(self, trainer: Trainer, recorder: Recorder) -> None:
+        self._trainer, self._recorder = trainer, recorder
+        self._sums = torch.zeros_like(trainer.new_sums())
+        self._grads: list[Tensor] = []  # of the parameters, for updates of several micro-batches
+        self._seen: set[Shape] = set()
+        self._without: set[Shape] = set()  # shapes whose graph did not fit into memory
+        self._inputs: dict[Shape, Batch] = {}
+        self._graphs: dict[tuple[str, Shape], Callable[[], None]] = {}
+        self._off = False
+
+    def step(self, micro_batches: Sequence[Batch | None]) -> bool:
+        """One update; see `Trainer.train_step`.
+
+        While updates are skipped they run without graphs, so that what breaks them can be found.
+        """
+        trainer = self._trainer
+        with self._recorder.on_stream():
+            batches = [batch for batch in micro_batches if batch is not None]
+            if trainer.nonfinite_in_a_row or not self._ready(batches):
+                return trainer.eager_step(micro_batches)
+            return trainer.step_on_device(partial(self._replay, batches), batches)
+
+    def _ready(self, batches: list[Batch]) -> bool:
+        """Whether there are graphs for ``batches``; those that can be recorded now are."""
+        shapes = list(map(_shape, batches))
+        new = set(shapes) - self._seen
+        self._seen.update(new)
+        if self._off or new or self._without.intersection(shapes):
+            return False
+        wanted = [("whole", shapes[0])] if len(shapes) == 1 else [*(("add", s) for s in shapes), ("apply", ())]
+        for batch, (kind, shape) in zip([*batches, None], wanted, strict=False):
+            if (kind, shape) in self._graphs:
+                continue
+            if len(self._graphs) == MOST_GRAPHS:
+                return False
+            try:
+                self._graphs[kind, shape] = self._record(kind, shape, batch)
+            except Exception as error:  # one that is not the recording's comes again without it
+                self._fail(shape, error)
+                return False
+        return True
+
+    def _record(self, kind: str, shape: Shape, batch: Batch | None) -> Callable[[], None]:
+        trainer = self._trainer
+        cast("Adam", trainer.optimizer).complete_state()  # all updates so far may have been skipped
+        if batch is not None and shape not in self._inputs:
+            self._inputs[shape] = _buffers(batch, trainer.world.device)
+            _fill(self._inputs[shape], batch)
+        if kind != "whole" and not self._grads:
+            self._grads = [torch.zeros_like(parameter) for parameter in trainer.parameters]
+
+        def work() -> None:
+            if kind != "apply":
+                inputs = self._inputs[shape]
+                trainer.backpropagate(inputs, *trainer.losses(inputs), self._sums)
+            if kind != "add":
+                trainer.update_parameters(self._sums)
+
+        # a whole update's gradients are the graph's own: with none there yet, the backward pass has nothing to add to
+        grads: Sequence[Tensor | None] = [None] * len(trainer.parameters) if kind == "whole" else self._grads
+        try:
+            for parameter, grad in zip(trainer.parameters, grads, strict=True):
+                parameter.grad = grad
+            return self._recorder.record(work)
+        finally:
+            trainer.optimizer.zero_grad(set_to_none=True)
+
+    def _replay(self, batches: list[Batch]) -> None:
+        kind = "whole" if len(batches) == 1 else "add"
+        self._sums.zero_()
+        if kind == "add":
+            torch._foreach_zero_(self._grads)
+        for index, batch in enumerate(batches):
+            shape = _shape(batch)
+            _fill(self._inputs[shape], batch)
+            self._trainer.seed(index)
+            self._graphs[kind, shape]()
+        if kind == "add":
+            self._graphs["apply", ()]()
+
+    def _fail(self, shape: Shape, error: Exception) -> None:
+        """Do without: for this shape, when memory did not suffice, else for good."""
+        self._recorder.recover()
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        if is_out_of_memory(error):
+            if not self._without:
+                logger.warning(f"--cuda-graphs: out of memory for batches of {shape}; such go on without: {reason}")
+            self._without.add(shape)
+            return
+        logger.warning(f"--cuda-graphs failed, going on without: {type(error).__name__}: {reason}")
+        self._off = True
+        self._graphs.clear()
+        self._inputs.clear()
+        self._grads.clear()
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    """What the device needs of a batch, by name."""
+    assert batch["target"] is not None
+    return {**cast("dict[str, Tensor]", batch["net_input"]), "target": batch["target"]}
+
+
+def _shape(batch: Batch) -> Shape:
+    """Rows, source tokens, target tokens."""
+    net_input = batch["net_input"]
+    return (*net_input["src_tokens"].shape, net_input["prev_output_tokens"].size(1))
+
+
+def _buffers(batch: Batch, device: torch.device) -> Batch:
+    """Room on the device for batches of this shape; what `Batch` has as numbers, too."""
+    tensors = {name: torch.zeros_like(tensor, device=device) for name, tensor in _tensors(batch).items()}
+    counts = {key: torch.zeros((), dtype=torch.float64, device=device) for key in ("nsentences", "ntokens")}
+    net_input = {name: tensors[name] for name in batch["net_input"]}
+    buffers: Any = {"id": batch["id"], "net_input": net_input, "target": tensors["target"], **counts}
+    return cast("Batch", buffers)
+
+
+def _fill(buffers: Batch, batch: Batch) -> None:
+    """Copy ``batch`` to the device, without waiting where it is in pinned memory."""
+    for name, tensor in _tensors(batch).items():
+        _tensors(buffers)[name].copy_(tensor, non_blocking=True)
+    cast("Tensor", buffers["nsentences"]).fill_(batch["nsentences"])
+    cast("Tensor", buffers["ntokens"]).fill_(batch["ntokens"])

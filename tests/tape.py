@@ -1,0 +1,88 @@
+"""A CUDA graph's stand-in on the CPU: the operations of some work with their very tensors and numbers, and again.
+
+As with a graph, recording changes nothing that was there before, repeating runs no Python of the work's, and a number
+that came from the host stays what it was. Work that reads a tensor back fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+# What gives a number or a shape that depends on numbers; on a GPU these wait
+READS_BACK = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal")
+
+
+def _storages(value: Any) -> dict[int, Tensor]:
+    return {t.untyped_storage().data_ptr(): t for t in tree_flatten(value)[0] if isinstance(t, Tensor) and t.numel()}
+
+
+class _Tape(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # storage -> what was there before, and a copy of it
+        self.own: set[int] = set()  # storages made on the way
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__.partition(".")[0] in READS_BACK:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        inputs = _storages((args, kwargs))
+        for pointer, tensor in inputs.items():
+            if pointer not in self.own and pointer not in self.before:
+                whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+                self.before[pointer] = whole, whole.clone()
+        out = func(*args, **kwargs)
+        self.own.update(_storages(out).keys() - inputs.keys() - self.before.keys())
+        self.operations.append((func, args, kwargs, out))
+        return out
+
+    def repeat(self) -> None:
+        for func, args, kwargs, out in self.operations:
+            inputs = _storages((args, kwargs))
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
+                if isinstance(old, Tensor) and old.numel() and old.untyped_storage().data_ptr() not in inputs:
+                    old.copy_(new)
+
+
+class TapeRecorder:
+    """`fairseq.training.capture.Recorder`. failures: raised by the next recordings, one each."""
+
+    def __init__(self) -> None:
+        self.recorded = self.repeated = self.recovered = 0
+        self.failures: list[Exception] = []
+
+    @contextlib.contextmanager
+    def on_stream(self) -> Iterator[None]:
+        yield
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        if self.failures:
+            raise self.failures.pop()
+        tape, state = _Tape(), torch.get_rng_state()
+        try:
+            with tape:
+                work()
+        finally:  # nothing has happened
+            torch.set_rng_state(state)
+            for whole, copy in tape.before.values():
+                whole.copy_(copy)
+        self.recorded += 1
+
+        def repeat() -> None:
+            self.repeated += 1
+            with torch.no_grad():
+                tape.repeat()
+
+        return repeat
+
+    def recover(self) -> None:
+        self.recovered += 1
