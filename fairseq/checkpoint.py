@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from fairseq.admin.omega import OmegaProfile
 from fairseq.admin.residual import ADMIN, CLOSED_FORM, PROFILING
 from fairseq.data.dictionary import Dictionary
-from fairseq.errors import FairseqError
+from fairseq.errors import MORE_MEMORY, FairseqError, out_of_memory_ends
 from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import from_fairseq
 from fairseq.models.transformer import Transformer
@@ -96,16 +96,17 @@ def build_from_checkpoint(
     if state["args"].get("adaptive_softmax_cutoff"):
         raise FairseqError(f"checkpoint {path}: uses adaptive softmax, which is not supported")
     try:
-        parameters = {name: tensor.float() for name, tensor in from_fairseq(state["model"]).items()}
-        cfg = model_config(state["args"] | (overrides or {}), parameters)
-        src_vocab = parameters["encoder.embed_tokens.weight"].size(0)
-        tgt_vocab = parameters["decoder.embed_tokens.weight"].size(0)
-        _check_size(cfg, parameters, path)
-        with _Undrawn():
-            model = Transformer(cfg, src_vocab, tgt_vocab)
+        with out_of_memory_ends(f"making the model of checkpoint {path}", MORE_MEMORY):
+            parameters = {name: tensor.float() for name, tensor in from_fairseq(state["model"]).items()}
+            cfg = model_config(state["args"] | (overrides or {}), parameters)
+            src_vocab = parameters["encoder.embed_tokens.weight"].size(0)
+            tgt_vocab = parameters["decoder.embed_tokens.weight"].size(0)
+            _check_size(cfg, parameters, path)
+            with _Undrawn():
+                model = Transformer(cfg, src_vocab, tgt_vocab)
     except KeyError as error:
         raise FairseqError(f"checkpoint {path}: no parameter {error}; is it a Transformer for translation?") from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, IndexError, MemoryError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, IndexError) as error:
         raise FairseqError(f"checkpoint {path}: its settings make no Transformer: {error}") from error
     load_parameters(model, parameters, path)
     return model.eval()
@@ -235,5 +236,5 @@ def data_only(value: Any) -> Any:
 
 def save_checkpoint(state: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint's dict, at once. Raises FairseqError when it cannot be written."""
-    with atomic_write(path, "wb") as handle:
+    with out_of_memory_ends(f"writing {path}", MORE_MEMORY), atomic_write(path, "wb") as handle:
         torch.save(state, handle)

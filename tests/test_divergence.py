@@ -4,36 +4,31 @@ fit into memory are left out.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fairseq.data.batching import describe_batch
 from fairseq.errors import FairseqError
 from fairseq.optim.optimizers import Adam
 from fairseq.training import trainer as trainer_module
 from fairseq.training.divergence import ForwardTrace, advice, first_nonfinite_gradient
-from fairseq.training.out_of_memory import describe_batch, is_out_of_memory, smallest_batch
 from fairseq.training.trainer import Trainer
 from tests.toys import toy_model
 from tests.training_runs import (
-    ROOT,
     SGD,
     assert_fails,
     assert_same,
     command_line,
+    epoch_of_batches,
     files,
     last,
     load,
-    logged,
-    start,
+    run_updates,
+    state_of,
     train,
     trainer_and_batches,
     updates,
@@ -59,25 +54,6 @@ def poison(module: nn.Module, calls: set[int], value: float = float("nan"), grad
     module.register_forward_hook(hook)
 
 
-def run_updates(trainer: Trainer, batches: list[Any]) -> list[bool]:
-    return [trainer.train_step([batch]) for batch in batches]
-
-
-def state(trainer: Trainer) -> dict[str, Any]:
-    """All that an update may change."""
-    trainer._read_outcome()
-    return {
-        "parameters": [p.detach().clone() for p in trainer.parameters],
-        "optimizer": trainer.optimizer.state_dict()["state"],  # each update sets the groups' lr
-        "num_updates": trainer.num_updates,
-        "lr": trainer.lr,
-    }
-
-
-def epoch_of_batches(itr: Any) -> list[Any]:
-    return [micro_batches[0] for micro_batches in itr.updates(1)]
-
-
 # -- skipped updates
 
 
@@ -101,7 +77,7 @@ def test_a_skipped_update_leaves_no_trace(toy_databin, optimizer, on_device, gra
     assert trainer.nonfinite_in_a_row == 1
     clean, _ = trainer_and_batches(toy_databin, *flags)
     assert run_updates(clean, [batches[i] for i in (1, 2, 5)]) == [True] * 3
-    assert_same(state(trainer), state(clean))
+    assert_same(state_of(trainer), state_of(clean))
     expected = clean.take_stats()
     assert {name: value for name, value in stats.items() if name != "skipped"} == pytest.approx(
         {name: value for name, value in expected.items() if name != "skipped"}
@@ -120,7 +96,7 @@ def test_looking_and_skipping_on_the_device_are_the_same_with_dropout(toy_databi
         for micro_batches in itr.updates(2):
             trainer.train_step(micro_batches)
         trainers.append(trainer)
-    assert_same(*map(state, trainers))
+    assert_same(*map(state_of, trainers))
     assert trainers[0].take_stats() == trainers[1].take_stats()
     assert trainers[0].skipped == 2
 
@@ -202,10 +178,10 @@ def test_the_limit_counts_a_row(toy_databin):
     poison(trainer.model.encoder.layers[0].self_attn, {1, 2, 4, 5, 6})
     batches = epoch_of_batches(itr)
     assert run_updates(trainer, batches[:5]) == [False, False, True, False, False]
-    before = state(trainer)
+    before = state_of(trainer)
     with pytest.raises(FairseqError, match="--max-nonfinite-updates 3 reached"):
         trainer.train_step([batches[5]])
-    assert_same(before, state(trainer))
+    assert_same(before, state_of(trainer))
     always = trainer_and_batches(toy_databin, "--max-nonfinite-updates", 3)[0]
     always._check_every_update = False
     poison(always.model.encoder.layers[0].self_attn, set(range(9)))
@@ -357,241 +333,3 @@ def test_a_checkpoint_that_is_not_finite_is_refused(toy_databin, tmp_path, capsy
     torch.save(checkpoint, path)
     argv = command_line(toy_databin, tmp_path, "--max-update", 3)
     assert_fails(capsys, 1, f"checkpoint {path}: {message}", *argv)
-
-
-# -- out of memory
-
-
-def starve(module: nn.Module, calls: set[int], backward: bool = False) -> None:
-    """Have ``module`` run out of memory in its ``calls``, from 1."""
-    count = [0]
-
-    def fail(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-        count[0] += 1
-        if count[0] in calls:
-            if backward:
-                output.register_hook(fail)
-            else:
-                fail()
-
-    module.register_forward_hook(hook)
-
-
-def test_what_counts_as_out_of_memory():
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"))
-    assert is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("expected scalar type Float but found Half"))
-    assert not is_out_of_memory(ValueError("out of memory"))
-    with pytest.raises(RuntimeError) as error_info:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert is_out_of_memory(error_info.value)
-
-
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_a_batch_without_memory_is_left_out(toy_databin, caplog, backward):
-    flags = ("--dropout", 0, "--attention-dropout", 0)
-    trainer, itr = trainer_and_batches(toy_databin, *flags)
-    starve(trainer.model.decoder.layers[0].feed_forward.fc1, {2}, backward)
-    batches = epoch_of_batches(itr)[:3]
-    assert run_updates(trainer, batches) == [True, False, True]
-    clean, _ = trainer_and_batches(toy_databin, *flags)
-    run_updates(clean, [batches[0], batches[2]])
-    assert_same(state(trainer), state(clean))
-    stats = trainer.take_stats()
-    assert (stats["updates"], stats["ooms"], stats["skipped"]) == (2, 1, 1)
-    where = "backward" if backward else "forward"
-    assert f"out of memory in the {where} pass on {describe_batch(batches[1])}: left out" in caplog.text
-    ids = ", ".join(map(str, batches[1]["id"][:10].tolist()))
-    assert f"{len(batches[1]['id'])} sentences of up to" in caplog.text
-    assert f"(sentences {ids}" in caplog.text
-
-
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_the_rest_of_an_update_counts(toy_databin, backward):
-    """The second of three batches: its own gradients are left out, and in the backward pass those before it too."""
-    flags = ("--dropout", 0, "--attention-dropout", 0)
-    trainer, itr = trainer_and_batches(toy_databin, *flags)
-    starve(trainer.model.encoder.layers[0].feed_forward.fc1, {2}, backward)
-    batches = epoch_of_batches(itr)[:3]
-    assert trainer.train_step(batches)
-    clean, _ = trainer_and_batches(toy_databin, *flags)
-    clean.train_step([batches[2]] if backward else [batches[0], batches[2]])
-    assert_same(state(trainer), state(clean))
-    assert trainer.take_stats()["ntokens"] == clean.take_stats()["ntokens"]
-
-
-def test_too_many_batches_without_memory_end_training(toy_databin, tmp_path, capsys, monkeypatch):
-    init = Trainer.__init__
-
-    def starved(trainer: Trainer, *rest: Any) -> None:
-        init(trainer, *rest)
-        starve(trainer.model.encoder.layers[0], {1, *range(3, 99)})
-
-    monkeypatch.setattr(Trainer, "__init__", starved)
-    argv = command_line(toy_databin, tmp_path, "--max-epoch", 3, "--disable-validation")
-    assert_fails(capsys, 1, ", the 10th batch in a row; lower --max-tokens", *argv)
-    assert last(tmp_path)["optimizer_history"][-1]["num_updates"] == 1
-    assert [line["train_ooms"] for line in logged(tmp_path) if "train_loss" in line] == [6]
-
-
-def test_validation_without_memory_ends(toy_databin, tmp_path, capsys, monkeypatch):
-    from fairseq.training import validation
-
-    argv = command_line(toy_databin, tmp_path, "--max-epoch", 1)
-
-    def fail(*_: Any) -> None:
-        raise torch.OutOfMemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(validation, "batch_losses", fail)
-        assert_fails(capsys, 1, "out of memory: validating on 'valid', on a batch of 30 sentences", *argv)
-
-    def fail_after_reading(_: Any, batches: Iterator[Any], *rest: Any) -> None:
-        next(batches)
-        fail()
-
-    monkeypatch.setattr(validation, "translate_dataset", fail_after_reading)
-    assert_fails(capsys, 1, "--eval-bleu on 'valid', on a batch of 30", *argv, "--eval-bleu")
-
-
-def test_smallest_batch(toy_databin):
-    trainer, itr = trainer_and_batches(toy_databin)
-    for batch in epoch_of_batches(itr):
-        small = smallest_batch(batch)
-        assert trainer.train_step([small])
-        assert small["net_input"]["src_tokens"].shape == small["target"].shape == (1, 1)
-    assert trainer.take_stats()["skipped"] == 0
-
-
-def test_compiled_layers_stay_compiled():
-    from fairseq.training.compile import _Fallback
-
-    class Layer(nn.Module):
-        def _compiled(self, *_: Any) -> None:
-            raise torch.OutOfMemoryError
-
-    layer = Layer()
-    layer._compiled_call_impl = layer._compiled  # type: ignore[assignment]
-    with pytest.raises(torch.OutOfMemoryError):
-        _Fallback(layer, [layer])()
-    assert layer._compiled_call_impl is not None
-    with ForwardTrace(layer):
-        assert layer._compiled_call_impl is None  # compiled code runs no hooks
-    assert layer._compiled_call_impl is not None
-
-
-REAL = """
-import resource, sys
-from fairseq.cli.train import main
-from fairseq.training import trainer
-step, calls = trainer.Trainer.train_step, []
-def limited(self, micro_batches):
-    calls.append(1)
-    if len(calls) > 1:
-        return step(self, micro_batches)
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, resource.RLIM_INFINITY))
-    try:
-        return step(self, micro_batches)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
-trainer.Trainer.train_step = limited
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="limits its address space as Linux does")
-def test_memory_that_is_really_not_there(toy_databin, tmp_path):
-    flags = ("--max-epoch", 1, "--encoder-ffn-embed-dim", 16384, "--max-tokens", 2000, "--no-save")
-    process = subprocess.run(
-        [sys.executable, "-c", REAL, *command_line(toy_databin, tmp_path, *flags)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    assert re.search("out of memory in the (forward|backward) pass on a batch of .*: left out", process.stdout)
-
-
-# -- out of memory in one process of several
-
-USER_DIR = """
-import os, torch
-from fairseq.criterions.cross_entropy import SmoothedCrossEntropy
-from fairseq.registry import CRITERIONS
-
-class _Backward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-    @staticmethod
-    def backward(ctx, grad):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-@CRITERIONS.register("{name}")
-def starved(config, padding_idx):
-    calls = []
-    criterion = SmoothedCrossEntropy(0.1, padding_idx)
-    class Starved:
-        def from_features(self, features, weight, target, grad_scale=1.0):
-            calls.append(1)
-            if len(calls) == {call} and os.environ.get("RANK", "0") == "{rank}":
-                if {backward}:
-                    features = _Backward.apply(features)
-                else:
-                    raise torch.OutOfMemoryError("CUDA out of memory.")
-            return criterion.from_features(features, weight, target, grad_scale)
-        def __call__(self, logits, target):
-            return criterion(logits, target)
-    return Starved()
-"""
-TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m")
-
-
-def starved_criterion(directory: Path, name: str, rank: int, call: int, backward: bool = False) -> tuple[object, ...]:
-    """Flags of a criterion that runs out of memory in its ``call`` on process ``rank``."""
-    directory.mkdir()
-    code = USER_DIR.format(name=name, rank=rank, call=call, backward=backward)
-    (directory / "__init__.py").write_text(code)
-    return "--user-dir", directory, "--criterion", name
-
-
-@pytest.mark.slow
-def test_one_process_without_memory_leaves_the_others_their_share(toy_databin, tmp_path):
-    """Rank 1 loses its second batch in the forward pass: as one process with two batches an update that loses the same.
-
-    Then rank 1 loses its first batch of an update of two in the backward pass, before any gradient is averaged.
-    """
-    flags = ("--max-update", 4, "--dropout", 0, "--attention-dropout", 0, "--disable-validation")
-    process = start(
-        toy_databin, tmp_path / "two", *flags, *starved_criterion(tmp_path / "a", "starved_a", 1, 2), launcher=TORCHRUN
-    )
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert "process 1 of 2: out of memory in the forward pass on a batch of" in output
-    starved = starved_criterion(tmp_path / "b", "starved_b", 0, 4)
-    train(toy_databin, tmp_path / "one", *flags, *starved, "--update-freq", 2)
-    assert_same(last(tmp_path / "one")["model"], last(tmp_path / "two")["model"], atol=1e-5)
-    for directory in ("one", "two"):
-        lines = [line for line in logged(tmp_path / directory) if "update" in line]
-        assert [line.get("ooms") for line in lines] == [None, 1, None, None]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "backward", "more"),
-    [("starved_c", True, ()), ("starved_d", False, ("--ddp-backend", "fully_sharded"))],
-    ids=["backward", "sharded"],
-)
-def test_what_several_processes_cannot_survive_ends_them(toy_databin, tmp_path, name, backward, more):
-    starved = starved_criterion(tmp_path / "user", name, 1, 2, backward)
-    process = start(toy_databin, tmp_path / "run", "--max-update", 4, *starved, *more, launcher=TORCHRUN)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "error: process 1 of 2: out of memory in the" in errors
-    assert "the other processes cannot go on without it; lower --max-tokens" in errors

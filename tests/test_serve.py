@@ -197,6 +197,7 @@ def test_page_is_complete_and_its_own(port):
 POST = "POST /api/translate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
 SLOW = """
     import sys, threading, time
+    from fairseq.errors import out_of_memory_ends
     from fairseq.interactive import app, server
     from fairseq.models import TransformerModel
     import logging; logging.basicConfig(level="INFO")
@@ -207,6 +208,9 @@ SLOW = """
             print("started", sentences[0], file=sys.stderr, flush=True)
             if sentences[0] == "broken":
                 raise ZeroDivisionError
+            if sentences[0] == "large":
+                with out_of_memory_ends("translating", "lower --max-tokens"):
+                    raise MemoryError
             if sentences[0].startswith("slow"):
                 time.sleep(2)
             while sentences[0] == "endless":
@@ -286,6 +290,8 @@ def test_too_slow_and_broken(directory):
         status, answer = translate(port, text="broken")
         assert status == 500 and "log" in answer["error"]
         wait_for(lines, "ZeroDivisionError")
+        status, answer = translate(port, text="large")
+        assert (status, answer["error"]) == (503, "out of memory: translating; lower --max-tokens")
 
 
 # -- the other backend

@@ -85,6 +85,27 @@ def trainer_and_batches(databin: Path, *flags: object, fp16: bool = False) -> tu
     return Trainer(args, build_model(args, len(data.src_dict), len(data.tgt_dict)), world), itr
 
 
+def run_updates(trainer: Trainer, batches: list[Any]) -> list[bool]:
+    """One of each batch; whether they were done."""
+    return [trainer.train_step([batch]) for batch in batches]
+
+
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """All that an update may change."""
+    trainer._read_outcome()
+    return {
+        "parameters": [p.detach().clone() for p in trainer.parameters],
+        "optimizer": trainer.optimizer.state_dict()["state"],  # each update sets the groups' lr
+        "num_updates": trainer.num_updates,
+        "lr": trainer.lr,
+    }
+
+
+def epoch_of_batches(itr: EpochBatchIterator) -> list[Any]:
+    """What ``itr`` has left of its epoch."""
+    return [micro_batches[0] for micro_batches in itr.updates(1)]
+
+
 def start(
     databin: Path | str, directory: Path, *flags: object, launcher: tuple[str, ...] = ()
 ) -> subprocess.Popen[str]:

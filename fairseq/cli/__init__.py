@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
-from fairseq.errors import FairseqError
+from fairseq.errors import MORE_MEMORY, FairseqError, out_of_memory_ends
 
 EXIT_ERROR = 1  # bad input: a file, a value, an impossible request
 EXIT_INTERRUPTED = 130  # Ctrl-C, as a shell reports it
@@ -32,7 +32,8 @@ def command(main: Main, logs: TextIO | None = None) -> Main:
             stream=logs or sys.stderr,
         )
         try:
-            main(argv)
+            with out_of_memory_ends("the work goes no further", MORE_MEMORY):  # where nothing says it better
+                main(argv)
             sys.stdout.flush()
         except FairseqError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ from fairseq.clinic.measure import Batches, batches_of, measure_dependency, meas
 from fairseq.clinic.results import check_out_dir, load_results, save_result
 from fairseq.clinic.subjects import Subject, first_batch, label_of, load_subject, named_file, split_paths, variant
 from fairseq.data.translation import TranslationData
-from fairseq.errors import FairseqError
+from fairseq.errors import FairseqError, out_of_memory_ends
 from fairseq.models.config import TransformerConfig
 from fairseq.options import (
     ArchConfig,
@@ -188,7 +188,8 @@ def _main(argv: list[str] | None = None) -> None:
     for name, (_, description) in COMMANDS.items():
         commands.add_parser(name, help=description, add_help=False)
     parser.parse_args(argv[:1])
-    COMMANDS[argv[0]][0](argv[1:])
+    with out_of_memory_ends(f"fairseq-clinic {argv[0]}", "lower --max-tokens, or measure a smaller model"):
+        COMMANDS[argv[0]][0](argv[1:])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 from fairseq.cli import command
-from fairseq.data.batching import iterate_batches, make_batches
+from fairseq.data.batching import batches_fit, iterate_batches, make_batches
 from fairseq.data.encoders import TextPipeline, make_text_pipeline
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
@@ -25,6 +25,7 @@ from fairseq.generation.output import TextFormat, load_alignment_dictionary
 from fairseq.generation.scoring import Scorer
 from fairseq.generation.translate import (
     DEFAULT_MAX_TOKENS,
+    SMALLER_BATCHES,
     Translation,
     longest_target,
     open_models_and_data,
@@ -140,19 +141,20 @@ def _generate(args: Namespace, out: IO[Any]) -> str | None:
         log_interval=args.log_interval,
         log=logger,
     )
-    for translation in translate(progress):
-        sentences += 1
-        tokens += len(translation.hypotheses[0].tokens)
-        src_words = text.words(translation.src_tokens)
-        if not args.quiet:
-            print(f"S-{translation.id}\t{text.source(translation.src_tokens)}", file=out)
+    with batches_fit(progress, f"translating '{args.gen_subset}'", SMALLER_BATCHES) as fitting:
+        for translation in translate(fitting):
+            sentences += 1
+            tokens += len(translation.hypotheses[0].tokens)
+            src_words = text.words(translation.src_tokens)
+            if not args.quiet:
+                print(f"S-{translation.id}\t{text.source(translation.src_tokens)}", file=out)
+                if translation.target is not None:
+                    print(f"T-{translation.id}\t{text.target(translation.target)}", file=out)
+                for hypothesis in translation.hypotheses:
+                    print(*text.hypothesis_lines(translation.id, hypothesis, src_words), sep="\n", file=out)
             if translation.target is not None:
-                print(f"T-{translation.id}\t{text.target(translation.target)}", file=out)
-            for hypothesis in translation.hypotheses:
-                print(*text.hypothesis_lines(translation.id, hypothesis, src_words), sep="\n", file=out)
-        if translation.target is not None:
-            best = text.decode(text.hypothesis(translation.hypotheses[0], src_words))
-            scorer.add(text.target(translation.target), best)
+                best = text.decode(text.hypothesis(translation.hypotheses[0], src_words))
+                scorer.add(text.target(translation.target), best)
     seconds = time.perf_counter() - start
     logger.info("hypothesis and token scores are in base 2")
     logger.info(

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fairseq.data.translation import Batch, BatchShape, LanguagePairDataset
-from fairseq.errors import FairseqError
+from fairseq.errors import FairseqError, out_of_memory_ends
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,29 @@ DATA_STATS = ("data_wait", "tokens", "positions")  # see EpochBatchIterator.take
 def shown_ids(ids: Sequence[int] | np.ndarray) -> str:
     """Sentence ids for a message, the first few of many."""
     return ", ".join(map(str, ids[:IDS_SHOWN])) + (", ..." if len(ids) > IDS_SHOWN else "")
+
+
+def describe_batch(batch: Batch) -> str:
+    """Sentences, their lengths in tokens with padding, and their numbers in the dataset, from 0."""
+    inputs, ids = batch["net_input"], batch["id"].tolist()
+    lengths = f"{inputs['src_tokens'].size(1)} source"
+    if batch["target"] is not None:
+        lengths += f" and {inputs['prev_output_tokens'].size(1)} target"
+    return f"a batch of {len(ids)} sentences of up to {lengths} tokens (sentences {shown_ids(ids)})"
+
+
+@contextlib.contextmanager
+def batches_fit(batches: Iterable[Batch], doing: str, advice: str) -> Iterator[Iterator[Batch]]:
+    """``batches``, for use within: running out of memory there becomes an OutOfMemory that names the last one read."""
+    last: list[Batch] = []
+
+    def read() -> Iterator[Batch]:
+        for batch in batches:
+            last[:] = [batch]
+            yield batch
+
+    with out_of_memory_ends(lambda: ", on ".join([doing, *map(describe_batch, last)]), advice):
+        yield read()
 
 
 def select_by_size(

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fairseq.checkpoint import build_from_checkpoint, check_dictionaries, check_languages, load_checkpoint
+from fairseq.data.batching import batches_fit
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.translation import Batch, TranslationData
-from fairseq.errors import FairseqError
+from fairseq.errors import FairseqError, out_of_memory_ends
 from fairseq.generation.beam_search import Sources, search_batches
 from fairseq.generation.constraints import EOS, PAD
 from fairseq.generation.history import Hypothesis
@@ -27,6 +28,7 @@ from fairseq.options import DataConfig, GenerationConfig, ReferenceConfig, secti
 from fairseq.utils.devices import choose_dtype
 
 NO_REFERENCES = ReferenceConfig()
+SMALLER_BATCHES = "lower --max-tokens, --batch-size or --beam"
 DEFAULT_MAX_TOKENS = 12000  # source tokens in a batch when neither --max-tokens nor --batch-size is given
 
 
@@ -66,7 +68,9 @@ def load_ensemble(
     first: dict[str, Any] = {}
     for path in paths:
         state = load_checkpoint(path)
-        models.append(build_from_checkpoint(state, path, overrides).to(device=device, dtype=dtype))
+        model = build_from_checkpoint(state, path, overrides)
+        with out_of_memory_ends(f"placing {path} on {device}", "take a smaller model, or give --cpu"):
+            models.append(model.to(device=device, dtype=dtype))
         first = first or {k: v for k, v in state.items() if k not in ("model", "last_optimizer_state")}
         del state  # before the next is read
         sizes = [(m.encoder.embed_tokens.num_embeddings, m.decoder.embed_tokens.num_embeddings) for m in models]
@@ -182,7 +186,8 @@ def translate_sentences(
     }
     order = sorted((i for i in range(len(sentences)) if i not in results), key=lambda i: len(sentences[i]))
     batches = _batches(order, sentences, numbers, max_tokens, batch_size, left_pad_source)
-    results |= dict(zip(order, search(batches), strict=True))
+    with batches_fit(batches, "translating", SMALLER_BATCHES) as read:
+        results |= dict(zip(order, search(read), strict=True))
     return [results[i] for i in range(len(sentences))]
 
 

@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fairseq.errors import FairseqError
+from fairseq.errors import FairseqError, OutOfMemory
 from fairseq.hub import TextHypothesis, TextTranslation, TransformerModel
 from fairseq.interactive.worker import Abandoned, Busy, Worker
 
@@ -111,6 +111,8 @@ def make_app(
             raise HTTPException(503, message, {"Retry-After": "1"}) from None
         except asyncio.TimeoutError:
             raise HTTPException(504, f"no translation within {limits.seconds:g} s") from None
+        except OutOfMemory as error:
+            raise HTTPException(503, str(error)) from error
         except FairseqError as error:
             raise HTTPException(422, str(error)) from error
         return Response(answer, media_type="application/json")

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from fairseq.data.translation import Batch
+from fairseq.errors import is_out_of_memory
 from fairseq.optim.optimizers import Adam
-from fairseq.training.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from fairseq.training.trainer import Trainer

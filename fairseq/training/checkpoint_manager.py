@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq.checkpoint import load_checkpoint, save_checkpoint
-from fairseq.errors import FairseqError
+from fairseq.errors import FairseqError, OutOfMemory, out_of_memory_ends
 from fairseq.options import LAST, CheckpointConfig
 from fairseq.training.async_save import BackgroundWriter, to_host
 from fairseq.utils.io import atomic_copy, remove_unfinished
@@ -93,7 +93,8 @@ class CheckpointManager:
         """Write one file and give it all ``names``, then delete what is no longer kept."""
         self.writer.wait()  # before the state is copied: there is one copy at a time
         in_background = self.cfg.write_checkpoints_asynchronously
-        content = to_host(state()) if in_background else state()
+        with out_of_memory_ends("copying the checkpoint", "give --write-checkpoints-asynchronously False"):
+            content = to_host(state()) if in_background else state()
 
         def write() -> None:
             first = self.directory / names[0]
@@ -176,6 +177,8 @@ class CheckpointManager:
             return None, None, False
         try:
             return load_checkpoint(path), path, parameters_only
+        except OutOfMemory:  # nothing is wrong with the file
+            raise
         except FairseqError as error:
             state, good = self._newest_good() if path == self.directory / LAST else (None, None)
             if good is None:
@@ -193,6 +196,8 @@ class CheckpointManager:
         for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
             try:
                 state = load_checkpoint(path)
+            except OutOfMemory:
+                raise
             except FairseqError:
                 continue
             if state.get("last_optimizer_state") is not None:

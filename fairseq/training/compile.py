@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from fairseq.training.out_of_memory import is_out_of_memory
+from fairseq.errors import is_out_of_memory
 
 logger = logging.getLogger("fairseq.train")
 

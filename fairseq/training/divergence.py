@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fairseq.data.batching import describe_batch
 from fairseq.data.translation import Batch
-from fairseq.errors import FairseqError
+from fairseq.errors import FairseqError, is_out_of_memory
 from fairseq.models.config import TransformerConfig
 from fairseq.training.distributed import World
-from fairseq.training.out_of_memory import describe_batch, is_out_of_memory
 from fairseq.training.sharding import local
 
 _Finding = tuple[int, int, str]  # kinds are told in this order, the first one's first; in words

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from fairseq import admin
-from fairseq.data.batching import EpochBatchIterator
+from fairseq.data.batching import EpochBatchIterator, describe_batch
+from fairseq.errors import out_of_memory_ends
 from fairseq.models.transformer import Transformer
 from fairseq.training.distributed import World
 from fairseq.training.trainer import to_device
@@ -25,9 +26,11 @@ def profile_to_file(args: Namespace, model: Transformer, itr: EpochBatchIterator
     Raises FairseqError when there are fewer batches or the file cannot be written; it is then as it was.
     """
     batches = itr.first_batches(args.profile_batches)
-    inputs = [to_device(batch, world.device)["net_input"] for batch in batches]
-    torch.manual_seed(args.seed)
-    profile = admin.profile(model.to(world.device), inputs, args.profile_deterministic)
+    largest = max(batches, key=lambda batch: batch["net_input"]["src_tokens"].numel())
+    with out_of_memory_ends(f"profiling on {world.device}, on {describe_batch(largest)}", "lower --max-tokens"):
+        inputs = [to_device(batch, world.device)["net_input"] for batch in batches]
+        torch.manual_seed(args.seed)
+        profile = admin.profile(model.to(world.device), inputs, args.profile_deterministic)
     sentences = sum(batch["nsentences"] for batch in batches)
     conditions = f"seed={args.seed} batches={len(batches)} sentences={sentences}"
     profile.comments = admin.describe(model.cfg, conditions, deterministic=args.profile_deterministic)

@@ -12,6 +12,7 @@ from fairseq.admin.residual import ADMIN, PROFILING
 from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.shapes import plan_shapes
 from fairseq.data.translation import TranslationData
+from fairseq.errors import out_of_memory_ends
 from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import Transformer
 from fairseq.options import DataConfig, section
@@ -78,7 +79,8 @@ def build_model(args: Namespace, src_vocab: int, tgt_vocab: int) -> Transformer:
     """A freshly initialised model: the same weights for the same ``--seed``, whatever the init type's omega."""
     torch.manual_seed(args.seed)
     cfg: TransformerConfig = section(TransformerConfig, args)
-    model = Transformer(cfg, src_vocab, tgt_vocab)
+    with out_of_memory_ends(f"making a model of architecture {args.arch}", "take a smaller one"):
+        model = Transformer(cfg, src_vocab, tgt_vocab)
     logger.debug(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"architecture {args.arch}, init type {args.init_type}, {trained:,} parameters")

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fairseq import criterions, optim  # noqa: F401  (they register themselves)
+from fairseq.data.batching import describe_batch
 from fairseq.data.translation import Batch
-from fairseq.errors import FairseqError
+from fairseq.errors import FairseqError, is_out_of_memory, out_of_memory_ends
 from fairseq.models.transformer import PADDING_IDX, Transformer
 from fairseq.optim.optimizers import Adam
 from fairseq.options import MemoryConfig, OptimizationConfig, TrainLogConfig, section
@@ -36,7 +37,7 @@ from fairseq.training.capture import with_graphs
 from fairseq.training.compile import compile_layers
 from fairseq.training.distributed import World
 from fairseq.training.divergence import advice, find_break
-from fairseq.training.out_of_memory import describe_batch, is_out_of_memory, smallest_batch
+from fairseq.training.out_of_memory import smallest_batch
 from fairseq.training.precision import DynamicLossScaler, autocast
 from fairseq.training.sharding import gather, local, scatter_optimizer_state
 from fairseq.utils.flags import from_namespace
@@ -46,6 +47,7 @@ logger = logging.getLogger("fairseq.train")
 SUMS = ("loss", "nll_loss", "ntokens", "nsentences")  # what a batch adds up to; losses in nats
 STATS = (*SUMS, "sample_size", "gnorm", "clip", "updates", "skipped", "ooms")  # what updates add up to
 MAX_OOMS_IN_A_ROW = 10  # batches of a process
+TOO_LARGE = "take a smaller model, or divide it among GPUs with --ddp-backend fully_sharded"
 
 
 def component(registry: Any, name: str, args: Namespace, *rest: Any) -> Any:
@@ -65,7 +67,9 @@ class Trainer:
         self.cfg: OptimizationConfig = section(OptimizationConfig, args)
         if args.compile:
             compile_layers([*model.encoder.layers, *model.decoder.layers])
-        self._wrapped = world.average_gradients(self.model, args.ddp_backend, args.bucket_cap_mb)
+        self._size = f"{sum(p.numel() for p in model.parameters()):,} parameters on {world.device}"
+        with out_of_memory_ends(f"{self._process}placing {self._size}", TOO_LARGE):
+            self._wrapped = world.average_gradients(self.model, args.ddp_backend, args.bucket_cap_mb)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._sharded = any(isinstance(p, DTensor) for p in self.parameters)
         self.criterion = component(CRITERIONS, args.criterion, args, PADDING_IDX)
@@ -134,7 +138,14 @@ class Trainer:
                     self._backward(batch, index, sums)
             else:
                 self._backward(batch, index, sums, averages=self.world.size > 1)
-        return self._apply(self.world.sum(sums), micro_batches)
+        what = f"{self._process}the update of {self._size}, for which {self.args.optimizer} keeps a state"
+        with out_of_memory_ends(what, f"lower --max-tokens, {TOO_LARGE}"):  # no going on: some may be updated
+            return self._apply(self.world.sum(sums), micro_batches)
+
+    @property
+    def _process(self) -> str:
+        """Which of several this is, for messages."""
+        return f"process {self.world.rank} of {self.world.size}: " if self.world.size > 1 else ""
 
     def new_sums(self) -> Tensor:
         """Zeros, float64: what an update adds up, as in SUMS, and the batches that ran out of memory."""
@@ -184,20 +195,23 @@ class Trainer:
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
         self._ooms_in_a_row += 1
-        process = f"process {self.world.rank} of {self.world.size}: " if self.world.size > 1 else ""
-        what = f"{process}out of memory in the {during} pass on {describe_batch(batch)}"
+        what = f"{self._process}out of memory in the {during} pass on {describe_batch(batch)}"
         if self._sharded or (averages and during == "backward"):
             raise FairseqError(f"{what}, and the other processes cannot go on without it; lower --max-tokens")
         if self._ooms_in_a_row == MAX_OOMS_IN_A_ROW:
-            raise FairseqError(f"{what}, the {MAX_OOMS_IN_A_ROW}th batch in a row; lower --max-tokens")
+            raise FairseqError(
+                f"{what}, the {MAX_OOMS_IN_A_ROW}th batch in a row; lower --max-tokens, or take a smaller model"
+            )
         logger.error(f"{what}: left out; if this comes often, lower --max-tokens")
         if during == "backward":  # the sum of gradients has a part of this batch's in it
             self.optimizer.zero_grad(set_to_none=True)
             sums[: len(SUMS)] = 0
         sums[-1] += 1
         if averages:
-            loss, _ = batch_losses(self._wrapped, self.criterion, smallest_batch(batch), self.args, self.world.device)
-            (loss * 0.0).backward()
+            with out_of_memory_ends(f"{self._process}even one token", TOO_LARGE):
+                one = smallest_batch(batch)
+                loss, _ = batch_losses(self._wrapped, self.criterion, one, self.args, self.world.device)
+                (loss * 0.0).backward()
 
     def seed(self, micro_batch: int) -> None:
         """Seed dropout by update, skipped ones counted, and by the micro-batch's place among all processes'.

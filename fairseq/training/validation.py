@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fairseq.data.batching import iterate_batches, make_batches
+from fairseq.data.batching import batches_fit, iterate_batches, make_batches
 from fairseq.data.encoders import make_text_pipeline
 from fairseq.data.translation import Batch, LanguagePairDataset, TranslationData
 from fairseq.errors import FairseqError
@@ -24,9 +24,10 @@ from fairseq.options import GenerationConfig
 from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.distributed import World
 from fairseq.training.logging import Averages, TrainLog
-from fairseq.training.out_of_memory import out_of_memory_ends
 from fairseq.training.precision import autocast
 from fairseq.training.trainer import SUMS, batch_losses, batch_sums
+
+SMALLER_BATCHES = "lower --max-tokens-valid"
 
 
 class ValidationInterrupted(Exception):
@@ -103,14 +104,13 @@ class Validator:
         self.model.eval()
         averages = Averages()
         sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.world.device)
-        batches = self._read(name)
-        for batch in batches if watch is None else watch(batches, len(self.batches[name])):
-            if self.interrupted():
-                sums[-1] = 1  # tells the other processes
-                break
-            with out_of_memory_ends([batch], f"validating on '{name}'", "lower --max-tokens-valid"):
+        with batches_fit(self._read(name), f"validating on '{name}'", SMALLER_BATCHES) as batches:
+            for batch in batches if watch is None else watch(batches, len(self.batches[name])):
+                if self.interrupted():
+                    sums[-1] = 1  # tells the other processes
+                    break
                 losses = batch_losses(self.model, self.criterion, batch, self.args, self.world.device)
-            sums[:-1] += batch_sums(batch, *losses)
+                sums[:-1] += batch_sums(batch, *losses)
         *totals_, interrupted = self.world.sum(sums).tolist()
         if interrupted:
             raise ValidationInterrupted
@@ -129,18 +129,11 @@ class Validator:
 
     def _bleu(self, name: str) -> float:
         pairs: list[tuple[str, str]] = []
-        last: list[Batch] = []  # that was read
-
-        def read() -> Iterator[Batch]:
-            for batch in self._read(name):
-                last[:] = [batch]
-                yield batch
-
         with (
             autocast(self.world.device, self.args.fp16, self.args.bf16),
-            out_of_memory_ends(last, f"--eval-bleu on '{name}'", "lower --max-tokens-valid"),
+            batches_fit(self._read(name), f"--eval-bleu on '{name}'", SMALLER_BATCHES) as batches,
         ):
-            for translation in translate_dataset([self.model], read(), self._generation, self.args.seed):
+            for translation in translate_dataset([self.model], batches, self._generation, self.args.seed):
                 if self.interrupted():
                     break
                 best = self._text.hypothesis(translation.hypotheses[0], self._text.words(translation.src_tokens))

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.errors import FairseqError
+from fairseq.errors import MORE_MEMORY, FairseqError, OutOfMemory, out_of_memory_ends
 from fairseq.utils.unpickler import MOST_OPCODES, Function, PickleError, Record, Unpickler
 
 TENSOR_RATIO = 8  # tensors share storages: embeddings of both sides and of the output are one
@@ -263,12 +263,14 @@ def load(path: str | Path) -> Any:
     Raises FairseqError when the file is missing, cut short or no such file.
     """
     try:
-        with open(path, "rb") as file:
+        with out_of_memory_ends(f"reading checkpoint {path}", MORE_MEMORY), open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise PickleError("empty")
             value = _read(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), file)
-        _check_nesting(value)
+            _check_nesting(value)
         return value
+    except OutOfMemory:
+        raise
     except FileNotFoundError:
         raise FairseqError(f"checkpoint {path}: no such file") from None
     except IsADirectoryError:
