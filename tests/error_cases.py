@@ -200,7 +200,10 @@ CASES = {
     "--best-checkpoint-metric": [f"{RUN} --best-checkpoint-metric bleu --maximize-best-checkpoint-metric"],
     "bleu as": [f"{RUN} --maximize-best-checkpoint-metric", f"{RUN} --eval-bleu --best-checkpoint-metric bleu"],
     "--eval-bleu-args: '*'": [f"{RUN} --eval-bleu --eval-bleu-args " + shlex.quote('{"beem": 4}')],
-    "--eval-bleu-args: numbers": [f"{RUN} --eval-bleu --eval-bleu-args " + shlex.quote('{"beam": "4"}')],
+    "--eval-bleu-args: *;": [
+        f"{RUN} --eval-bleu --eval-bleu-args " + shlex.quote(text)
+        for text in ('{"beam": "four"}', '{"beam": null}', '{"lenpen": {}}', '{"temperature": NaN}', '{"beam": 1.5}')
+    ],
     "--patience": [f"{RUN} --patience 3 --disable-validation"],
     "--sacrebleu and --scoring chrf": [f"{GENERATE} --sacrebleu --scoring chrf"],
     "--finetune-from-model contradicts": [f"{RUN} --finetune-from-model toy.pt --restore-file toy.pt"],
@@ -269,7 +272,7 @@ CASES = {
     ],
     "--sentencepiece-model *": [
         f"{INTERACTIVE} --input good.xx --bpe sentencepiece --sentencepiece-model {name}"
-        for name in ("nowhere", "good.xx")
+        for name in ("nowhere", "good.xx", "empty.xx")
     ],
     "* does nothing without --serve": [f"{INTERACTIVE} --model a=toy.pt", f"{INTERACTIVE} --serve-timeout 3"],
     "--serve reads no lines": [f"{INTERACTIVE} --serve 0 --input good.xx", f"{INTERACTIVE} --serve 0 --buffer-size 2"],
@@ -284,8 +287,13 @@ CASES = {
     + ["interactive bin --path model.ct2 --backend ctranslate2 --unkpen 1"],
     "*: cannot read: *; is it": ["generate bin --path toy.pt --backend ctranslate2"],
     "*: no JSON": ["generate bin --path no_json.ct2 --backend ctranslate2"],
-    "*: not what CTranslate2": ["generate bin --path other_json.ct2 --backend ctranslate2"],
-    "*: CTranslate2 cannot": ["generate bin --path empty.ct2 --backend ctranslate2"],
+    "*: not what fairseq-export": [
+        f"generate bin --path {name}.ct2 --backend ctranslate2"
+        for name in ("other_json", "no_words", "no_start", "no_positions")
+    ],
+    "*: not a model of fairseq-export": [
+        f"generate bin --path {name}.ct2 --backend ctranslate2" for name in ("empty", "other_words")
+    ],
     "* has another * vocabulary": ["generate other --path model.ct2 --backend ctranslate2"],
     "--prefix-size: a reference": [
         "generate bin --path model.ct2 --backend ctranslate2 --prefix-size 9 --num-workers 0"
@@ -364,6 +372,8 @@ CASES = {
 UNCAUSED = {
     "a worker process died": "needs a killed process",
     "a reading process died": "needs a killed process; tests/test_batching.py",
+    "*: CTranslate2 cannot load": "its files are checked before; tests/test_export_formats.py",
+    "*: CTranslate2 cannot translate": "its files are checked before",
     "checkpoint *: no permission": "root may read everything",
     "the fp16 loss scale": "needs a GPU; tests/test_precision.py",
     "--wandb-project *": "needs a network",

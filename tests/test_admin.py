@@ -200,6 +200,8 @@ def test_published_format_loads(tmp_path: Path):
         ("1 1.0\n3 1.0\n1 1.0\n", "line 2: index 3 is out of order"),
         ("1 1.0\n2 nan\n1 1.0\n", "line 2: omega nan"),
         ("1 -1.0\n1 1.0\n", "line 1: omega -1.0"),
+        ("1 1.0\n1 1e39\n", "line 2: omega 1e[+]39 is not a positive finite number in float32"),
+        ("1 1e-46\n1 1.0\n", "line 1: omega 1e-46 is not"),
         ("1 1.0\n", "expected encoder and decoder"),
         ("1 1.0\n1 1.0\n1 1.0\n", "line 3: index 1 is out of order"),
         ("", "expected encoder and decoder"),

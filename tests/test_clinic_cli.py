@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import re
 import shlex
 import warnings
@@ -20,6 +21,7 @@ from fairseq import admin
 from fairseq.checkpoint import load_model
 from fairseq.cli import clinic
 from fairseq.clinic import check, figures
+from fairseq.clinic.results import save_result
 from fairseq.clinic.subjects import split_paths
 from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import Transformer
@@ -305,6 +307,24 @@ def test_report_on_what_is_no_result(tmp_path, capsys, content):
     message = "no results" if content is None else "tsconfig.json"
     assert_fails(capsys, 1, message, "report", "--out-dir", tmp_path, main=clinic.main)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_report_names_files_that_are_no_utf8(tmp_path):
+    """Python reads such a name from the command line as half of a surrogate pair."""
+    omega = {"start": [1.0, 2.0], "mean": None, "std": None}
+    data = {"models": [{"label": "a\udcff", "encoder": omega, "decoder": omega}]}
+    save_result(tmp_path, "omega", "omega", "fairseq-clinic omega 'b\udcff'", data, None)
+    clinic.main(["report", "--out-dir", str(tmp_path)])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert r"a\udcff, encoder" in page and r"omega &#x27;b\udcff&#x27;" in page
+
+
+def test_omega_of_a_file_whose_name_is_no_utf8(tmp_path, capsys):
+    path = os.fsdecode(bytes(tmp_path) + b"/a\xff")
+    Path(path).write_text("1 1.5\n2 1.0\n1 1.0\n2 1.0\n3 1.0\n")
+    clinic.main(["omega", path, "--out-dir", str(tmp_path)])
+    assert r"a\udcff" in capsys.readouterr().out
+    assert results(tmp_path)["omega"]["models"][0]["label"] == r"a\udcff"
 
 
 # -- usage

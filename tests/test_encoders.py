@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fairseq.data.encoders import make_text_pipeline
+from fairseq.data.encoders import LARGEST_MODEL, make_text_pipeline
 from fairseq.errors import FairseqError
 
 CODES = "#version: 0.2\nl o\nlo w</w>\n"
@@ -82,8 +82,13 @@ def test_reference_codes_undo_themselves(shared: Path) -> None:
 
 
 def test_bad_input_is_one_message(tmp_path: Path) -> None:
-    bad, binary = tmp_path / "bad", tmp_path / "binary"
+    bad, binary, empty, quoted, large = (tmp_path / name for name in ("bad", "binary", "empty", "quoted", "large"))
     bad.write_text("a b c\n")
+    empty.touch()
+    # two pieces of one name, which is not UTF-8 and which SentencePiece quotes in its error
+    quoted.write_bytes((b"\n\x08\n\x01\xff\x15\0\0\0\0") * 2)
+    with open(large, "wb") as handle:
+        handle.truncate(LARGEST_MODEL + 1)
     binary.write_bytes(b"\xff\xfe\x00")
     for settings, message in [
         ({"bpe": "subword_nmt"}, "needs --bpe-codes"),
@@ -93,6 +98,9 @@ def test_bad_input_is_one_message(tmp_path: Path) -> None:
         ({"bpe": "sentencepiece"}, "needs --sentencepiece-model"),
         ({"bpe": "sentencepiece", "sentencepiece_model": str(tmp_path)}, "cannot read"),
         ({"bpe": "sentencepiece", "sentencepiece_model": str(bad)}, "not a SentencePiece model"),
+        ({"bpe": "sentencepiece", "sentencepiece_model": str(empty)}, "not a SentencePiece model"),
+        ({"bpe": "sentencepiece", "sentencepiece_model": str(quoted)}, "not a SentencePiece model"),
+        ({"bpe": "sentencepiece", "sentencepiece_model": str(large)}, "large: more than 268,435,456 bytes"),
         ({"bpe": "bytes"}, "--bpe bytes"),
         ({"tokenizer": "nltk"}, "--tokenizer nltk"),
     ]:

@@ -70,9 +70,14 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _write_ctranslate2(root: Path) -> None:
     export.main(shlex.split(f"{root}/toy.pt --data {root}/bin --output {root}/model.ct2 --format ctranslate2"))
+    config = (root / "model.ct2" / "config.json").read_text()
     for name, file, text in (
         ("no_json", "config.json", "{"),
         ("other_json", "config.json", "[]"),
+        ("no_words", "shared_vocabulary.json", "[1, []]"),
+        ("no_positions", "config.json", config.replace('"max_source_positions": ', '"max_source_positions": -')),
+        ("no_start", "config.json", config.replace('"decoder_start_token": "</s>"', '"decoder_start_token": 3')),
+        ("other_words", "shared_vocabulary.json", '["<s>", "<pad>", "</s>", "<unk>"]'),
         ("empty", "model.bin", ""),
     ):
         directory = root / f"{name}.ct2"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,9 @@ from fairseq.admin.residual import AdminResidual, ReZeroPostLN
 from fairseq.cli import generate
 from fairseq.cli.export import main
 from fairseq.data.dictionary import Dictionary
+from fairseq.errors import FairseqError
 from fairseq.export.self_check import random_batch
+from fairseq.generation.ctranslate2_backend import CTranslate2Model
 from fairseq.generation.score_reference import score_reference
 from fairseq.generation.translate import pad_rows, without_padding
 from fairseq.models.config import TransformerConfig
@@ -335,6 +338,46 @@ def test_backend_scores_references(exported, tmp_path, capsys):
     flags = (tmp_path / "bin", "--score-reference")
     expected = lines(capsys, *flags, "--path", tmp_path / "model.pt")
     assert_same_lines(lines(capsys, *flags, "--path", exported, "--backend", "ctranslate2"), expected, share=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("decoder/alignment_layer", b"\xfb\xff", "decoder/alignment_layer is -5"),
+        ("decoder/num_heads", b"\x03\x00", "decoder/num_heads is 3"),
+        ("encoder/num_heads", b"\x00\x00", "encoder/num_heads is 0"),
+    ],
+)
+def test_backend_refuses_numbers_that_ctranslate2_trusts(exported, tmp_path, name, content, message):
+    """An attention layer of -5 has CTranslate2 write before its memory."""
+    directory = shutil.copytree(exported, tmp_path / "changed")
+    model = (directory / "model.bin").read_bytes()
+    header = name.encode() + b"\0" + bytes([0, 2]) + (2).to_bytes(4, "little")  # rank, int16, bytes
+    assert model.count(header) == 1
+    start = model.index(header) + len(header)
+    (directory / "model.bin").write_bytes(model[:start] + content + model[start + 2 :])
+    with pytest.raises(FairseqError, match=message):
+        CTranslate2Model(directory)
+
+
+def test_backend_names_what_ctranslate2_misses(exported, tmp_path):
+    """A model whose parts are all right, of which one is not there."""
+    directory = shutil.copytree(exported, tmp_path / "changed")
+    model = (directory / "model.bin").read_bytes()
+    name = b"decoder/layer_0/attention/linear_2/weight"
+    (directory / "model.bin").write_bytes(model.replace(name, b"decoder/layer_1/attention/linear_2/weight"))
+    with pytest.raises(FairseqError, match="linear_2/weight"):
+        CTranslate2Model(directory)
+
+
+@pytest.mark.parametrize("cut", [0, 3, 40, -1])
+def test_backend_refuses_a_model_cut_short(exported, tmp_path, cut):
+    directory = shutil.copytree(exported, tmp_path / "cut")
+    (directory / "model.bin").write_bytes((directory / "model.bin").read_bytes()[:cut])
+    with pytest.raises(
+        FairseqError, match=r"model.bin: not a model of fairseq-export, or damaged: .*; export it again"
+    ):
+        CTranslate2Model(directory)
 
 
 def test_backend_longest_output(exported, tmp_path, capsys):

@@ -6,7 +6,6 @@ again. ``#`` starts a comment line; ours name the model and the conditions of th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fairseq.errors import FairseqError
 from fairseq.utils.io import atomic_write, refuse_bom
 
 LARGEST_FILE = 2**24
+_FLOAT = torch.finfo(torch.float32)
 
 
 @dataclass
@@ -58,7 +58,7 @@ class OmegaProfile:
         """Read a file, ours or one published with the original code.
 
         Raises FairseqError naming file and line when it is missing or malformed, an index is out of order, or a value
-        is not a positive finite number.
+        is not a positive finite number in float32.
         """
         try:
             with open(path, "rb") as handle:
@@ -101,8 +101,8 @@ def _parse_line(line: str, where: str) -> tuple[int, float]:
             raise ValueError
     except (ValueError, IndexError):
         raise FairseqError(f"{where}: '{line[:60]}' is not 'index value'") from None
-    if not (math.isfinite(value) and value > 0):
-        raise FairseqError(f"{where}: omega {value} is not a positive finite number")
+    if not _FLOAT.tiny <= value <= _FLOAT.max:  # nan too
+        raise FairseqError(f"{where}: omega {value} is not a positive finite number in float32")
     return index, value
 
 

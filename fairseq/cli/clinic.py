@@ -16,7 +16,16 @@ from fairseq.cli import command
 from fairseq.clinic import check, figures, gradients, omega, report, stability
 from fairseq.clinic.measure import Batches, batches_of, measure_dependency, measure_gradients, measure_stability
 from fairseq.clinic.results import check_out_dir, load_results, save_result
-from fairseq.clinic.subjects import Subject, first_batch, label_of, load_subject, named_file, split_paths, variant
+from fairseq.clinic.subjects import (
+    Subject,
+    first_batch,
+    label_of,
+    load_subject,
+    named_file,
+    printable,
+    split_paths,
+    variant,
+)
 from fairseq.data.translation import TranslationData
 from fairseq.errors import FairseqError, out_of_memory_ends
 from fairseq.models.config import TransformerConfig
@@ -136,8 +145,10 @@ def _omega(argv: list[str]) -> None:
     for path in args.paths:
         label, file = named_file(path)
         stacks = omega.read_omega(file)
-        results.append({"label": label or Path(file).name} | {name: asdict(stack) for name, stack in stacks.items()})
-        print(f"{file}\n{omega.table(stacks)}", flush=True)
+        results.append(
+            {"label": label or printable(Path(file).name)} | {name: asdict(stack) for name, stack in stacks.items()}
+        )
+        print(f"{printable(file)}\n{omega.table(stacks)}", flush=True)
     _save(args, "omega", {"models": results}, figures.omega(results))
 
 

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 def main(argv: list[str] | None = None) -> None:
     """Parse, read, translate, print."""
     description = "Translate raw text, one sentence a line: a prompt on a terminal, else standard input or a file."
-    args = parse_args("fairseq-interactive", description, INTERACTIVE_SECTIONS, argv, _check)
+    args = parse_args("fairseq-interactive", description, INTERACTIVE_SECTIONS, argv, check_flags)
     cfg: GenerationConfig = section(GenerationConfig, args)
     keep_freed_memory()
     if args.serve is not None:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         _translate_lines(args, cfg)
 
 
-def _check(args: Namespace) -> None:
+def check_flags(args: Namespace) -> None:
     """Raise FairseqError for flags that are out of range or contradict each other."""
     check_generation_flags(args)
     if args.serve is None:
@@ -127,7 +127,7 @@ def _translate_lines(args: Namespace, cfg: GenerationConfig) -> None:
     if args.input == "-" and sys.stdin.isatty():
         logger.info("type a sentence and press return; Ctrl-D ends")
     with _open_input(args.input) as lines:
-        for buffer in _buffers(_decode(lines, args.input), max(args.buffer_size, 1)):
+        for buffer in _buffers(decode_lines(lines, args.input), max(args.buffer_size, 1)):
             start = time.perf_counter()
             words = {number: pipeline.encode(line).split() for number, line in buffer}
             ids = _encode(words, data, args)
@@ -185,7 +185,7 @@ def _open_input(path: str) -> Iterator[IO[bytes]]:
         yield handle
 
 
-def _decode(lines: Iterable[bytes], path: str) -> Iterator[str]:
+def decode_lines(lines: Iterable[bytes], path: str) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         if number == 1:
             refuse_bom(line, f"{_name(path)}, line 1")

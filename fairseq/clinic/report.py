@@ -44,13 +44,14 @@ def render(results: dict[str, dict[str, Any]], directory: str | Path) -> str:
     """The page. results: of ``results.load_results``; the pictures beside them in ``directory`` are put into it."""
     sections = [_section(name, result, Path(directory) / f"{name}.png") for name, result in results.items()]
     links = "".join(f'<li><a href="#{escape(name)}">{_title(name, r)}</a></li>' for name, r in results.items())
-    return (
+    page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width">\n<title>Transformer clinic</title>\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>Transformer clinic</h1>\n<ul>{links}</ul>\n"
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
+    return page.encode("utf-8", "backslashreplace").decode()  # a command may hold a file name that is no UTF-8
 
 
 def _title(name: str, result: dict[str, Any]) -> str:
@@ -77,7 +78,7 @@ def _section(name: str, result: dict[str, Any], picture: Path) -> str:
         parts.append(f'<img width="{_width(png)}" src="data:image/png;base64,{data}" alt="{_title(name, result)}">')
     try:
         parts.append(f'<div class="wide">{TABLES[kind](result["data"])}</div>')
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):
         raise FairseqError(f"{picture.with_suffix('.json')}: a damaged result; measure it again or remove it") from None
     made = f"PyTorch {escape(str(result.get('torch')))}, {escape(str(result.get('machine')))}"
     parts.append(f'<p class="note"><code>{escape(str(result.get("command")))}</code><br>{made}</p>\n</section>')

@@ -100,7 +100,12 @@ def fresh_model(
 def named_file(text: str) -> tuple[str, str]:
     """(label, file) of ``LABEL=FILE``, or of a ``FILE``, whose label is empty and whose path may have a = in it."""
     label, equals, file = text.partition("=")
-    return (label, file) if equals and not Path(text).exists() else ("", text)
+    return (printable(label), file) if equals and not Path(text).exists() else ("", text)
+
+
+def printable(text: str) -> str:
+    """``text``, which may be a file name that is no UTF-8, in a form that figures and terminals can show."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def split_paths(text: str) -> list[str]:

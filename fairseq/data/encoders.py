@@ -13,6 +13,7 @@ from fairseq.errors import FairseqError
 from fairseq.utils.io import refuse_bom
 
 SUBWORD_NMT_SEPARATOR = "@@"
+LARGEST_MODEL = 2**28  # bytes of a SentencePiece model; those of 256,000 pieces have a few million
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,15 @@ def _sentencepiece(path: str | None) -> Callable[[str], str]:
 
     try:
         with open(path, "rb") as model:
-            processor = SentencePieceProcessor(model_proto=model.read())
+            content = model.read(LARGEST_MODEL + 1)
+        if len(content) > LARGEST_MODEL:
+            raise FairseqError(
+                f"--sentencepiece-model {path}: more than {LARGEST_MODEL:,} bytes; is it a SentencePiece model?"
+            )
+        processor = SentencePieceProcessor()
+        processor.LoadFromSerializedProto(content)  # its constructor takes an empty file for none
     except OSError as error:
         raise FairseqError(f"--sentencepiece-model {path}: cannot read: {error.strerror}") from error
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the latter when it quotes what it dislikes
         raise FairseqError(f"--sentencepiece-model {path}: not a SentencePiece model") from error
     return lambda text: " ".join(processor.encode(text, out_type=str))

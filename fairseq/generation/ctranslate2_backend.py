@@ -6,6 +6,7 @@ token, so where these are wanted a second pass scores the hypotheses.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from argparse import Namespace
 from collections import deque
@@ -22,6 +23,7 @@ from fairseq.data.dictionary import Dictionary
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.generation.constraints import EOS, PAD, check_generation_config
+from fairseq.generation.ctranslate2_file import check_model_file
 from fairseq.generation.history import Hypothesis
 from fairseq.generation.translate import (
     NO_REFERENCES,
@@ -35,9 +37,18 @@ from fairseq.models.transformer import Transformer
 from fairseq.options import DataConfig, GenerationConfig, ReferenceConfig, section
 from fairseq.utils.extras import require
 
-_DEFAULT_POSITIONS = 1024  # where config.json does not say it: other converters' directories
 _MISSING = ("max_len_a", "unkpen", "match_source_len", "sampling", "temperature")  # from CTranslate2's beam search
 _SIDES = ("source", "target")
+_CONFIG: dict[str, tuple[str | bool | None, ...]] = {  # what config.json says, one of these
+    "add_source_bos": (False,),
+    "add_source_eos": (False, True),
+    "bos_token": ("<s>",),
+    "decoder_start_token": ("</s>",),
+    "eos_token": ("</s>",),
+    "layer_norm_epsilon": (None,),
+    "multi_query_attention": (False,),
+    "unk_token": ("<unk>",),
+}
 
 
 @dataclass
@@ -78,20 +89,24 @@ class CTranslate2Model:
         ctranslate2 = require("ctranslate2", "export", "translating with CTranslate2")
         self.path = Path(path)
         self.workers = workers
-        config = _read_json(self.path / "config.json", dict)
+        config = _read_config(self.path / "config.json")
         shared = self.path / "shared_vocabulary.json"
         files = [shared, shared] if shared.is_file() else [self.path / f"{s}_vocabulary.json" for s in _SIDES]
         self.src_words, self.tgt_words = (_read_json(file, list) for file in files)
         self._tgt_ids = {word: index for index, word in enumerate(self.tgt_words)}
-        self._adds_source_eos = bool(config.get("add_source_eos"))
+        self._adds_source_eos: bool = config["add_source_eos"]
         self.languages = {name: config.get(name) for name in ("source_lang", "target_lang")}
-        self.max_source_positions = int(config.get("max_source_positions", _DEFAULT_POSITIONS))
-        self.max_target_positions = int(config.get("max_target_positions", _DEFAULT_POSITIONS))
+        self.max_source_positions, self.max_target_positions = (config[f"max_{side}_positions"] for side in _SIDES)
+        check_model_file(
+            self.path / "model.bin",
+            (len(self.src_words), self.max_source_positions),
+            (len(self.tgt_words), self.max_target_positions),
+        )
         try:
             self._translator = ctranslate2.Translator(
                 str(path), device="cpu", inter_threads=workers, intra_threads=threads, max_queued_batches=-1
             )
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, LookupError) as error:
             raise FairseqError(f"{path}: CTranslate2 cannot load it: {error}") from error
         self.compute_type: str = self._translator.compute_type
 
@@ -123,11 +138,11 @@ class CTranslate2Model:
 
     def score(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
         """Log-probability of each token of each target: float32 (tgt_len,). Both have ``</s>`` at their end."""
-        results = self._translator.score_batch(
-            [self._source_words(source) for source in sources],
-            [self._target_words(target[:-1]) for target in targets],
-            max_input_length=0,
-        )
+        words = [self._source_words(source) for source in sources]
+        with self._errors_named():
+            results = self._translator.score_batch(
+                words, [self._target_words(target[:-1]) for target in targets], max_input_length=0
+            )
         return [torch.tensor(result.log_probs, dtype=torch.float32) for result in results]
 
     def translate_dataset(
@@ -202,10 +217,11 @@ class CTranslate2Model:
         if job.references is not None:
             results = [[Hypothesis(target, 0.0, torch.zeros(0))] for target in job.references]
         else:
-            results = [
-                self._hypotheses(pending.result(), source, job.longest)
-                for pending, source in zip(job.pending or [], job.sources, strict=True)
-            ]
+            with self._errors_named():
+                results = [
+                    self._hypotheses(pending.result(), source, job.longest)
+                    for pending, source in zip(job.pending or [], job.sources, strict=True)
+                ]
         if token_scores:
             # an empty sentence has no model's score
             pairs = [(s, h) for s, hs in zip(job.sources, results, strict=True) for h in hs if len(s) > 1]
@@ -233,6 +249,14 @@ class CTranslate2Model:
                 attention = torch.ones(1, 1)
             found.append(Hypothesis(torch.tensor(ids), result.scores[i], torch.zeros(len(ids)), attention))
         return found
+
+    @contextlib.contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        """CTranslate2 finds out only when it translates that some parts of its files do not go together."""
+        try:
+            yield
+        except (RuntimeError, ValueError, LookupError) as error:
+            raise FairseqError(f"{self.path}: CTranslate2 cannot translate with it: {error}") from error
 
     def _source_words(self, source: Tensor) -> list[str]:
         return [self.src_words[index] for index in source.tolist()[: -1 if self._adds_source_eos else None]]
@@ -275,6 +299,19 @@ def open_ctranslate2(args: Namespace, workers: int = 1, threads: int = 1) -> tup
     return model, data
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """Checked here because CTranslate2 sometimes crashes where it says that something in it is wrong."""
+    config: dict[str, Any] = _read_json(path, dict)
+    positions = [config.get(f"max_{side}_positions") for side in _SIDES]
+    known = all(
+        (type(config.get(name, ...)), config.get(name)) in [(type(value), value) for value in values]
+        for name, values in _CONFIG.items()
+    )
+    if not known or not all(type(number) is int and number > 1 for number in positions):
+        raise FairseqError(f"{path}: not what fairseq-export writes there; export it again")
+    return config
+
+
 def _read_json(path: Path, kind: type) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -282,8 +319,8 @@ def _read_json(path: Path, kind: type) -> Any:
         raise FairseqError(
             f"{path}: cannot read: {error.strerror or error}; is it a directory of fairseq-export --format ctranslate2?"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FairseqError(f"{path}: no JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise FairseqError(f"{path}: not what CTranslate2 writes there")
+    if not isinstance(value, kind) or (isinstance(value, list) and not all(isinstance(word, str) for word in value)):
+        raise FairseqError(f"{path}: not what fairseq-export writes there; export it again")
     return value

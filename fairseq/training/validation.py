@@ -26,6 +26,7 @@ from fairseq.training.distributed import World
 from fairseq.training.logging import Averages, TrainLog
 from fairseq.training.precision import autocast
 from fairseq.training.trainer import SUMS, batch_losses, batch_sums
+from fairseq.utils.flags import parse_value
 
 SMALLER_BATCHES = "lower --max-tokens-valid"
 
@@ -68,7 +69,7 @@ class Validator:
                 shard_id=world.rank,
             )
         if args.eval_bleu:
-            self._generation = _generation_config(args.eval_bleu_args or {})
+            self._generation = generation_config(args.eval_bleu_args or {})
             tokenizer = "moses" if args.eval_bleu_detok == "moses" else None
             pipeline = make_text_pipeline(tokenizer, None, source_lang=data.source_lang, target_lang=data.target_lang)
             self._text = TextFormat(
@@ -155,14 +156,15 @@ class Validator:
         return scorer.score()
 
 
-def _generation_config(settings: dict[str, Any]) -> GenerationConfig:
+def generation_config(settings: dict[str, Any]) -> GenerationConfig:
+    """The search of ``--eval-bleu-args``. Raises FairseqError for what is no setting, or not a value of one."""
     known = {field.name for field in fields(GenerationConfig)}
     unknown = sorted(settings.keys() - known)
     if unknown:
         raise FairseqError(f"--eval-bleu-args: '{unknown[0]}' is no generation setting (some are: beam, lenpen)")
-    cfg = GenerationConfig(**settings)
     try:
-        check_generation_config(cfg)
-    except TypeError:
-        raise FairseqError('--eval-bleu-args: numbers are wanted, such as {"beam": 4, "lenpen": 0.6}') from None
+        cfg = GenerationConfig(**{name: parse_value(GenerationConfig, name, value) for name, value in settings.items()})
+    except ValueError as error:
+        raise FairseqError(f'--eval-bleu-args: {error}; values look like {{"beam": 4, "lenpen": 0.6}}') from None
+    check_generation_config(cfg)
     return cfg

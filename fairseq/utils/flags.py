@@ -216,6 +216,18 @@ def _bounded(parse: Callable[[str], Any], least: float | None, most: float | Non
     return checked
 
 
+def parse_value(config: type, name: str, value: Any) -> Any:
+    """A JSON value as field ``name`` of dataclass ``config``. Raises ValueError where the flag would refuse it."""
+    hint = typing.get_type_hints(config)[name]
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    [field] = (field for field in dataclasses.fields(config) if field.name == name)
+    try:
+        return _bounded(_parser_of(hint), *field.metadata["bounds"])(str(value))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise ValueError(f"'{str(value)[:60]}' is no {name}") from None
+
+
 def _metavar(annotation: Any) -> str:
     names = {int: "N", float: "X", str: "STR", bool: "BOOL"}
     return next((short for kind, short in names.items() if annotation in (kind, kind | None)), "VALUE")

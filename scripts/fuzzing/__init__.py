@@ -1,0 +1,1 @@
+"""What ``scripts/fuzz.py`` feeds to every reader, and how valid data are damaged."""
