@@ -200,16 +200,8 @@ def main() -> None:
                 for n in args.max_tokens
                 for shapes in (0, args.batch_shapes)
             ]
-        columns = (
-            "pairs",
-            "max_tokens",
-            "batch_shapes",
-            "batches",
-            "open_seconds",
-            "plan_seconds",
-            "first_batch_seconds",
-            "peak_mib",
-        )
+        columns = ("pairs", "max_tokens", "batch_shapes", "batches")
+        columns += ("open_seconds", "plan_seconds", "first_batch_seconds", "peak_mib")
         report("planning an epoch", columns, result["plan"])
     result["padding"] = [
         {"max_tokens": n, "batch_size_multiple": size, "seq_len_multiple": length, "batch_shapes": shapes}
@@ -217,15 +209,8 @@ def main() -> None:
         for n in args.max_tokens
         for size, length, shapes in ((1, 1, 0), (8, 1, 0), (8, 8, 0), (8, 1, args.batch_shapes))
     ]
-    columns = (
-        "max_tokens",
-        "batch_size_multiple",
-        "seq_len_multiple",
-        "batch_shapes",
-        "batches",
-        "shapes",
-        "padding_percent",
-    )
+    columns = ("max_tokens", "batch_size_multiple", "seq_len_multiple", "batch_shapes")
+    columns += ("batches", "shapes", "padding_percent")
     report("padding, of source and target positions", columns, result["padding"])
     result["reading"] = [
         {"max_tokens": n, "workers": workers} | apart(read, args.databin, n, 8, 1, workers)

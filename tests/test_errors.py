@@ -174,7 +174,7 @@ def test_as_processes(material, start):
 # Calls that say an error -> what comes before its text in the message
 ERRORS = {"FairseqError": "", "error": "", "ArgumentTypeError": "argument *: "}
 FORWARDED = {  # file, expression: texts that are made elsewhere
-    ("options/parsing.py", "str(error)"): "a FairseqError",
+    ("options/commands.py", "str(error)"): "a FairseqError",
     ("training/distributed.py", "errors.get()"): "a FairseqError of another process",
 }
 

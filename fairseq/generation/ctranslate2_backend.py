@@ -28,9 +28,9 @@ from fairseq.generation.history import Hypothesis
 from fairseq.generation.translate import (
     NO_REFERENCES,
     Translation,
-    languages_of,
     needs_attention,
     translate_dataset,
+    with_languages_of,
     without_padding,
 )
 from fairseq.models.transformer import Transformer
@@ -289,13 +289,8 @@ def open_ctranslate2(args: Namespace, workers: int = 1, threads: int = 1) -> tup
     model = CTranslate2Model(args.path, workers, threads)
     config: DataConfig = section(DataConfig, args)
     config = replace(config, max_source_positions=min(config.max_source_positions, model.max_source_positions))
-    data_dir = config.data.split(":")[0]
-    if not config.source_lang and not config.target_lang:
-        known = languages_of(model.languages, data_dir)
-        if known is not None:
-            config = replace(config, source_lang=known[0], target_lang=known[1])
-    data = TranslationData.open(config)
-    model.check_dictionaries(data.src_dict, data.tgt_dict, data_dir)
+    data = TranslationData.open(with_languages_of(model.languages, config))
+    model.check_dictionaries(data.src_dict, data.tgt_dict, config.data.split(":")[0])
     return model, data
 
 

@@ -240,10 +240,7 @@ def _open_data(args: Namespace, models: Sequence[Transformer], settings: dict[st
     config: DataConfig = section(DataConfig, args)
     data_dir = config.data.split(":")[0]
     config = replace(config, max_source_positions=longest_source(models, config.max_source_positions))
-    if not config.source_lang and not config.target_lang:
-        known = languages_of(settings, data_dir)
-        if known is not None:
-            config = replace(config, source_lang=known[0], target_lang=known[1])
+    config = with_languages_of(settings, config)
     data = TranslationData.open(config, getattr(args, "required_seq_len_multiple", 1))  # raw text has no such flag
     check_languages(settings, data.source_lang, data.target_lang, args.path.split(":")[0])
     for model, path in zip(models, args.path.split(":"), strict=True):
@@ -259,6 +256,16 @@ def languages_of(settings: dict[str, Any], data_dir: str | os.PathLike[str]) -> 
     if all(os.path.isfile(os.path.join(data_dir, f"dict.{lang}.txt")) for lang in (src, tgt)):
         return src, tgt
     return None
+
+
+def with_languages_of(settings: dict[str, Any], config: DataConfig) -> DataConfig:
+    """``config`` with the languages in a checkpoint's settings, if it names none and its data-bin has dictionaries of
+    both.
+    """
+    known = languages_of(settings, config.data.split(":")[0])
+    if known is None or config.source_lang or config.target_lang:
+        return config
+    return replace(config, source_lang=known[0], target_lang=known[1])
 
 
 def longest_source(models: Sequence[Transformer], limit: int = 2**30) -> int:

@@ -1,6 +1,6 @@
 """Every flag of every command, once, in fairseq's spelling.
 
-A group of flags is a dataclass, here in files by topic. ``fairseq.options.parsing`` lists the groups of each command
+A group of flags is a dataclass, here in files by topic. ``fairseq.options.commands`` lists the groups of each command
 and builds its parser. ``fairseq-train`` adds the flags of the chosen architecture, optimiser, schedule and criterion,
 which live beside their code.
 """
@@ -12,6 +12,19 @@ from fairseq.options.clinic import (
     ClinicDepthConfig,
     ClinicOutputConfig,
     ClinicReportConfig,
+)
+from fairseq.options.commands import (
+    GENERATE_SECTIONS,
+    INTERACTIVE_SECTIONS,
+    TRAIN_SECTIONS,
+    VALIDATE_SECTIONS,
+    Sections,
+    check_result_name,
+    make_parser,
+    parse_args,
+    parse_clinic_args,
+    parse_train_args,
+    section,
 )
 from fairseq.options.common import CommonConfig, LogConfig
 from fairseq.options.data import DataConfig, PreprocessConfig, SubsetConfig
@@ -26,19 +39,6 @@ from fairseq.options.generation import (
     TextConfig,
 )
 from fairseq.options.model import ArchConfig, AverageConfig, ComponentConfig, ExportConfig, ModelPathConfig
-from fairseq.options.parsing import (
-    GENERATE_SECTIONS,
-    INTERACTIVE_SECTIONS,
-    TRAIN_SECTIONS,
-    VALIDATE_SECTIONS,
-    Sections,
-    check_result_name,
-    make_parser,
-    parse_args,
-    parse_clinic_args,
-    parse_train_args,
-    section,
-)
 from fairseq.options.training import (
     LAST,
     CheckpointConfig,
