@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import sys
 from collections.abc import Callable
 from typing import TextIO
 
 from fairseq.errors import MORE_MEMORY, FairseqError, out_of_memory_ends
+from fairseq.utils.log_lines import log_to
 
 EXIT_ERROR = 1  # bad input: a file, a value, an impossible request
 EXIT_INTERRUPTED = 130  # Ctrl-C, as a shell reports it
@@ -25,12 +25,7 @@ def command(main: Main, logs: TextIO | None = None) -> Main:
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:
-        logging.basicConfig(
-            level=os.environ.get("LOGLEVEL", "INFO").upper(),
-            format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
-            datefmt="%Y-%m-%d %H:%M:%S",
-            stream=logs or sys.stderr,
-        )
+        log_to(logs or sys.stderr)
         try:
             with out_of_memory_ends("the work goes no further", MORE_MEMORY):  # where nothing says it better
                 main(argv)

@@ -29,10 +29,10 @@ from fairseq.errors import MORE_MEMORY, FairseqError, out_of_memory_ends
 from fairseq.models.transformer import Transformer
 from fairseq.registry import import_user_dir
 from fairseq.training.heartbeat import LOST_STATUS, Heartbeat, LostProcess, end_process
-from fairseq.training.logging import DATE_FORMAT, LINE_FORMAT
 from fairseq.training.sharding import shard
 from fairseq.training.signals import STOP_SIGNALS, STOP_STATUSES, exit_status
 from fairseq.utils.devices import choose_device, choose_dtype
+from fairseq.utils.log_lines import log_to
 
 # What gloo says when a process has gone; NCCL does not return, its process is ended with the others
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -217,8 +217,7 @@ def _listen(port: int) -> dist.TCPStore:
 def _worker(
     rank: int, main: Callable[[Namespace, World], None], args: Namespace, size: int, address: str, errors: Any
 ) -> None:
-    level = os.environ.get("LOGLEVEL", "INFO").upper()
-    logging.basicConfig(level=level, format=LINE_FORMAT, datefmt=DATE_FORMAT, stream=sys.stdout)
+    log_to(sys.stdout)
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fairseq.errors import FairseqError
+from fairseq.utils.log_lines import DATE_FORMAT, LINE_FORMAT
 
 Stats = Mapping[str, float | int]
 
-LINE_FORMAT, DATE_FORMAT = "%(asctime)s | %(levelname)s | %(name)s | %(message)s", "%Y-%m-%d %H:%M:%S"
 # Order in a line, and digits after the point (None: six significant ones). Other statistics follow, with three digits.
 _DIGITS: dict[str, int | None] = {
     "loss": 3,
