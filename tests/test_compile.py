@@ -8,29 +8,24 @@ import pytest
 import torch
 
 from fairseq.training.compile import compile_layers
-from tests.training_runs import SGD, trainer_and_batches
-
-
-def _losses(databin, *flags):
-    trainer, itr = trainer_and_batches(databin, *SGD, *flags)
-    batches, losses = itr.updates(1), []
-    for _ in range(4):
-        trainer.train_step(next(batches))
-        losses.append(trainer.take_stats()["loss"])
-    return losses, set(trainer.model.state_dict())
+from tests.training_runs import RECIPE, train_updates, trainer_and_batches
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [("--init-type", "adaptive"), ("--init-type", "b2t", "--checkpoint-activations")])
-def test_compiled_layers_train_the_same(toy_databin, flags):
+@pytest.mark.parametrize(
+    ("flags", "count"), [(("--init-type", "adaptive"), 200), (("--init-type", "b2t", "--checkpoint-activations"), 4)]
+)
+def test_compiled_layers_train_the_same(toy_databin, flags, count):
     torch.compiler.reset()
-    flags += ("--encoder-layers", 2, "--decoder-layers", 2)
-    expected, names = _losses(toy_databin, *flags)
+    flags += (*RECIPE, "--encoder-layers", 2, "--decoder-layers", 2)
+    trainer, batches = trainer_and_batches(toy_databin, *flags)
+    names, expected = set(trainer.model.state_dict()), train_updates(trainer, batches, count)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    losses, compiled_names = _losses(toy_databin, *flags, "--compile")
+    trainer, batches = trainer_and_batches(toy_databin, *flags, "--compile")
+    losses = train_updates(trainer, batches, count)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
     assert losses == pytest.approx(expected, rel=1e-5)
-    assert compiled_names == names
+    assert set(trainer.model.state_dict()) == names
     assert 2 <= graphs <= 4  # not one a layer and shape
 
 

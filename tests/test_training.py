@@ -27,7 +27,6 @@ from tests.training_runs import (
     load,
     start,
     train,
-    trainer_and_batches,
     updates,
     write_databin,
 )
@@ -438,28 +437,3 @@ def test_admin_is_for_post_ln(toy_databin, tmp_path, cwd, capsys, flag, init_typ
     flags = ("--init-type", init_type, flag, "--max-update", 1)
     assert_fails(capsys, 1, flag, *command_line(toy_databin, tmp_path / "run", *flags))
     assert not Path("profile.ratio.init").exists()
-
-
-def test_trains_as_the_plain_loss_does(toy_databin, monkeypatch):
-    """A criterion that is a plain function, here torch's own loss, gets all logits; the updates are the same."""
-
-    def plain(logits, target):
-        logits, target = logits.flatten(0, 1), target.flatten()
-        settings = {"ignore_index": 1, "reduction": "sum"}
-        loss = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1, **settings)
-        return loss, torch.nn.functional.cross_entropy(logits, target, **settings)
-
-    losses, parameters = [], []
-    for criterion in (None, plain):
-        trainer, itr = trainer_and_batches(toy_databin, *SGD)
-        if criterion is not None:
-            monkeypatch.setattr(trainer, "criterion", criterion)
-        losses.append([])
-        while trainer.num_updates < 50:
-            for micro_batches in itr.updates(2):
-                trainer.train_step(micro_batches)
-                losses[-1].append(trainer.take_stats()["loss"])
-            itr.next_epoch()
-        parameters.append([p.detach() for p in trainer.parameters])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert_same(parameters[0], parameters[1], atol=1e-3)

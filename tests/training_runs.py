@@ -42,6 +42,8 @@ TINY = shlex.split(
 )
 SMOOTHED = ("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1")
 SGD = shlex.split("--optimizer sgd --lr 0.5 --lr-scheduler fixed --warmup-updates 0 --dropout 0 --attention-dropout 0")
+RECIPE = ("--adam-betas", "(0.9, 0.98)", "--lr", "2e-3", "--warmup-updates", 100)  # rounding stays small here
+RECIPE += ("--dropout", 0, "--attention-dropout", 0)
 EPOCH = 7  # batches of the toy data-bin
 
 
@@ -69,8 +71,13 @@ def train(databin: Path | str, directory: Path, *flags: object) -> list[dict[str
     return logged(directory)[skip:]
 
 
-def trainer_and_batches(databin: Path, *flags: object, fp16: bool = False) -> tuple[Trainer, EpochBatchIterator]:
-    """What a training command would train, and on what. fp16: which the command line leaves to GPUs."""
+def trainer_and_batches(
+    databin: Path, *flags: object, fp16: bool = False, rank: int = 0, world_size: int = 1
+) -> tuple[Trainer, EpochBatchIterator]:
+    """What a training command would train, and on what. fp16: which the command line leaves to GPUs.
+
+    rank, world_size: of this process in a group that is there already.
+    """
     args = parse_train_args(command_line(databin, Path("unused"), *flags))
     args.fp16 = fp16
     data = TranslationData.open(section(DataConfig, args))
@@ -80,9 +87,26 @@ def trainer_and_batches(databin: Path, *flags: object, fp16: bool = False) -> tu
         max_sentences=None,
         max_positions=(1024, 1024),
         seed=1,
+        rank=rank,
+        world_size=world_size,
     )
-    world = World(0, 1, torch.device("cpu"))
-    return Trainer(args, build_model(args, len(data.src_dict), len(data.tgt_dict)), world), itr
+    world = World(rank, world_size, torch.device("cpu"))
+    trainer = Trainer(args, build_model(args, len(data.src_dict), len(data.tgt_dict)), world)
+    trainer.dummy_batch = itr.first_batch
+    return trainer, itr
+
+
+def train_updates(trainer: Trainer, batches: EpochBatchIterator, count: int) -> list[float]:
+    """``count`` updates, epoch after epoch; returns their losses, each a token."""
+    losses: list[float] = []
+    while True:
+        for micro_batches in batches.updates(trainer.update_freq()):
+            assert trainer.train_step(micro_batches)
+            stats = trainer.take_stats()
+            losses.append(stats["loss"] / stats["ntokens"])
+            if len(losses) == count:
+                return losses
+        batches.next_epoch()
 
 
 def run_updates(trainer: Trainer, batches: list[Any]) -> list[bool]:
