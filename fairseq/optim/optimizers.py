@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fairseq.errors import FairseqError
 from fairseq.registry import OPTIMIZERS
 from fairseq.utils.flags import flag
+from fairseq.utils.sharded import is_sharded
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 Factory = Callable[[Params, Any, float], torch.optim.Optimizer]
@@ -233,7 +233,7 @@ def sgd(params: Params, config: SGDConfig, lr: float) -> torch.optim.Optimizer:
     optimizer = torch.optim.SGD(params, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
     for group in optimizer.param_groups:
         # torch has no fused SGD for the tensors of --ddp-backend fully_sharded
-        group["fused"] = not any(isinstance(parameter, DTensor) for parameter in group["params"])
+        group["fused"] = not any(map(is_sharded, group["params"]))
     return optimizer
 
 

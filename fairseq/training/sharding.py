@@ -13,12 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from fairseq.errors import FairseqError
 from fairseq.models.transformer import Transformer
+from fairseq.utils.sharded import is_sharded
 
 
 def shard(model: Transformer, device: torch.device) -> Transformer:
@@ -27,6 +25,9 @@ def shard(model: Transformer, device: torch.device) -> Transformer:
     Its backward pass then averages gradients over the processes. The parameters are new: collect them afterwards.
     Raises FairseqError where this torch cannot average.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     _check_averaging(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for stack in (model.encoder, model.decoder):
@@ -56,6 +57,11 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
 
     Evaluation and decoding alone; does nothing for a model that is not sharded.
     """
+    if not any(map(is_sharded, model.parameters())):
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -70,7 +76,7 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def gather(state: Any, keep: bool) -> Any:
@@ -85,7 +91,7 @@ def gather(state: Any, keep: bool) -> Any:
             return {key: whole(item) for key, item in value.items()}
         if isinstance(value, list):
             return [whole(item) for item in value]
-        if not isinstance(value, DTensor):
+        if not is_sharded(value):
             return value.detach() if isinstance(value, Tensor) else value
         if id(value) not in found:
             tensor = value.full_tensor().detach()
@@ -98,9 +104,11 @@ def gather(state: Any, keep: bool) -> Any:
 def scatter_optimizer_state(state: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
     """An optimiser's ``state_dict()``, the same in all processes, with what has a parameter's shape sharded like it."""
 
-    def part(value: Any, parameter: nn.Parameter) -> Any:
-        if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    def part(value: Any, parameter: Any) -> Any:
+        if not is_sharded(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
             return value
+        from torch.distributed.tensor import DTensor
+
         mesh = parameter.device_mesh
         rows = value.chunk(mesh.size())
         own = rows[mesh.get_local_rank()] if mesh.get_local_rank() < len(rows) else value[:0]

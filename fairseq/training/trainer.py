@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fairseq import criterions, optim  # noqa: F401  (they register themselves)
 from fairseq.data.batching import describe_batch
@@ -41,6 +40,7 @@ from fairseq.training.out_of_memory import smallest_batch
 from fairseq.training.precision import DynamicLossScaler, autocast
 from fairseq.training.sharding import gather, local, scatter_optimizer_state
 from fairseq.utils.flags import from_namespace
+from fairseq.utils.sharded import is_sharded
 
 logger = logging.getLogger("fairseq.train")
 
@@ -71,7 +71,7 @@ class Trainer:
         with out_of_memory_ends(f"{self._process}placing {self._size}", TOO_LARGE):
             self._wrapped = world.average_gradients(self.model, args.ddp_backend, args.bucket_cap_mb)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self._sharded = any(isinstance(p, DTensor) for p in self.parameters)
+        self._sharded = any(map(is_sharded, self.parameters))
         self.criterion = component(CRITERIONS, args.criterion, args, PADDING_IDX)
         optimizer_config = OPTIMIZERS.config(args.optimizer)
         self.optimizer: torch.optim.Optimizer = OPTIMIZERS.get(args.optimizer)(
