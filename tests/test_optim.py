@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,23 @@ def test_adafactor_bears_rows_without_gradient() -> None:
 def test_impossible_settings_are_one_message(name: str, config: Any, message: str) -> None:
     with pytest.raises(FairseqError, match=message):
         OPTIMIZERS.get(name)([torch.nn.Parameter(torch.ones(2))], config, 0.1)
+
+
+USES_ADAM = """
+import sys, torch
+import fairseq.training.train
+from fairseq.optim.optimizers import Adam
+p = torch.nn.Parameter(torch.ones(3))
+optimizer = Adam([p], lr=0.1)
+p.square().sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+print([name for name in ("torch._dynamo", "torch.distributed.tensor", "sacrebleu") if name in sys.modules])
+"""
+
+
+def test_training_starts_without_what_it_does_not_use() -> None:
+    """Two seconds of processor time for each process."""
+    done = subprocess.run([sys.executable, "-c", USES_ADAM], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -8,6 +8,7 @@ AdamW's state (``step``, ``exp_avg``, ``exp_avg_sq``).
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -68,6 +69,13 @@ class Adam(torch.optim.AdamW):
     and the corrections are in the learning rate that it is given. Every parameter must take part in every step.
     """
 
+    # Under torch's decorators, each of which loads the compiler on its first call: a third of a CPU training's start
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    _state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    _load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    _step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
     def __init__(
         self,
         params: Params,
@@ -85,13 +93,13 @@ class Adam(torch.optim.AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, but ``step`` is a number, which all parameters share: a deep model's has 10,000 tensors less."""
-        state = super().state_dict()
+        state = self._state_dict()
         steps = {index: entries | {"step": self._updates} for index, entries in state["state"].items()}
         return state | {"state": steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the number of updates done comes from the state."""
-        super().load_state_dict(state_dict)
+        self._load_state_dict(state_dict)
         self._updates = max((int(entries["step"]) for entries in state_dict["state"].values()), default=0)
         for entries in self.state.values():
             entries["step"].fill_(SETTLED)
@@ -124,7 +132,7 @@ class Adam(torch.optim.AdamW):
             for group in self.param_groups:
                 size, decay = self._move(group, group["lr"], self._updates + 1)
                 group.update(lr=size, weight_decay=decay / size if size else 0.0)  # AdamW multiplies the two
-            result = super().step(closure)
+            result = self._step(closure)
         finally:
             for group, (lr, weight_decay) in zip(self.param_groups, given, strict=True):
                 group.update(lr=lr, weight_decay=weight_decay)
@@ -174,7 +182,7 @@ class Adam(torch.optim.AdamW):
         self.found_inf = skip.float()
         group.update(lr=size, weight_decay=0.0, capturable=True)
         try:
-            super().step()
+            self._step()
         finally:
             del self.found_inf
             group.update(given)
