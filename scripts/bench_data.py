@@ -9,10 +9,10 @@ repeated.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,13 +33,21 @@ from fairseq.options import DataConfig
 from fairseq.utils.io import atomic_write
 
 LONGEST = 175  # words; the usual limit in cleaning WMT'14
-# fairseq-preprocess, which then prints its main process's peak memory in KiB. Not by getrusage: of a process that was
-# started by a large one that knows the larger of the two.
-PREPROCESS = """
-import re
+
+
+def peak_mib() -> float:
+    """This process's peak memory. Not by getrusage: of one that a larger process started that tells the larger's."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+# fairseq-preprocess, which then prints its main process's peak memory
+PREPROCESS = f"""
+from pathlib import Path
 from fairseq.cli.preprocess import main
+{inspect.getsource(peak_mib)}
 main()
-print(re.search(r"VmHWM:\\s*([0-9]+)", open("/proc/self/status").read())[1])
+print(peak_mib())
 """
 
 
@@ -64,7 +72,7 @@ def preprocess(databin: str, pairs: int, workers: int) -> dict[str, Any]:
     return {
         "lines_per_second": 2 * repeats * len(dataset) / seconds,
         "seconds": seconds,
-        "peak_mib": int(done.stdout) / 1024,
+        "peak_mib": float(done.stdout),
     }
 
 
@@ -98,7 +106,7 @@ def plan(databin: str, max_tokens: int, shapes: int = 0) -> dict[str, Any]:
         "open_seconds": opened - began,
         "plan_seconds": planned - opened,
         "first_batch_seconds": time.perf_counter() - planned,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
     }
 
 
