@@ -133,16 +133,17 @@ def _check_size(cfg: TransformerConfig, parameters: dict[str, Tensor], path: str
 def load_parameters(model: Transformer, parameters: dict[str, Tensor], path: str | Path) -> None:
     """Fill ``model`` with ``parameters`` (our names). Raises FairseqError naming what does not fit."""
     own = model.state_dict()
+    remedy = "give the flags it was trained with, --init-type included"
     missing, extra = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys())
     if missing:
-        raise FairseqError(f"checkpoint {path} does not fit the model: it lacks {_some(missing)}")
+        raise FairseqError(f"checkpoint {path} does not fit the model: it lacks {_some(missing)}; {remedy}")
     if extra:
-        raise FairseqError(f"checkpoint {path} does not fit the model, which has no {_some(extra)}")
+        raise FairseqError(f"checkpoint {path} does not fit the model, which has no {_some(extra)}; {remedy}")
     for name, tensor in own.items():
         if tensor.shape != parameters[name].shape:
             raise FairseqError(
                 f"checkpoint {path} does not fit the model: {name} is {tuple(parameters[name].shape)} in the file "
-                f"and {tuple(tensor.shape)} in the model"
+                f"and {tuple(tensor.shape)} in the model; {remedy}"
             )
     model.load_state_dict(parameters)
 
