@@ -57,7 +57,7 @@ class TapeRecorder:
     """`fairseq.training.capture.Recorder`. failures: raised by the next recordings, one each."""
 
     def __init__(self) -> None:
-        self.recorded = self.repeated = self.recovered = 0
+        self.recorded = self.repeated = self.given_up = 0
         self.failures: list[Exception] = []
 
     @contextlib.contextmanager
@@ -84,5 +84,5 @@ class TapeRecorder:
 
         return repeat
 
-    def recover(self) -> None:
-        self.recovered += 1
+    def give_up(self) -> None:
+        self.given_up += 1

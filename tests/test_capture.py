@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.shapes import plan_shapes
 from fairseq.data.translation import TranslationData
 from fairseq.errors import FairseqError
-from fairseq.options import DataConfig
-from fairseq.training.capture import UpdateGraphs
+from fairseq.options import DataConfig, parse_train_args
+from fairseq.training.capture import UpdateGraphs, _obstacle
 from tests.tape import TapeRecorder
-from tests.training_runs import train, trainer_and_batches
+from tests.training_runs import command_line, train, trainer_and_batches
 
 FLAGS = ("--clip-norm", 2.0, "--weight-decay", 0.01)
 
@@ -217,7 +218,7 @@ def test_failing_recording_is_said_once_and_changes_nothing(toy_databin, caplog)
     assert [record.message for record in _warnings(caplog)] == [
         "--cuda-graphs failed, going on without: RuntimeError: operation not permitted when stream is capturing"
     ]
-    assert (recorder.recovered, recorder.repeated) == (1, 0)
+    assert (recorder.given_up, recorder.repeated) == (1, 0)
 
 
 def test_a_shape_without_memory_goes_on_without(toy_databin, caplog):
@@ -227,6 +228,7 @@ def test_a_shape_without_memory_goes_on_without(toy_databin, caplog):
         _run(trainer, batches, 20)
     assert [record.message.partition(" for ")[0] for record in _warnings(caplog)] == ["--cuda-graphs: out of memory"]
     assert 0 < recorder.repeated < 18
+    assert recorder.given_up == 0  # the other graphs go on with the generator they know
 
 
 def test_a_criterion_that_reads_back_goes_on_without(toy_databin, caplog):
@@ -257,13 +259,17 @@ def test_says_once_that_it_does_nothing(toy_databin, caplog, flags, reason):
     assert trainer._step == trainer.eager_step
 
 
-def test_obstacles(toy_databin):
-    from fairseq.training import capture
+def test_switches(toy_databin):
+    line = command_line(toy_databin, Path("unused"), "--compile", "--cuda-graphs", "--no-compile")
+    on, off = parse_train_args(line), parse_train_args([*line, "--no-cuda-graphs"])
+    assert (on.compile, on.cuda_graphs, off.cuda_graphs) == (False, True, False)
 
+
+def test_obstacles(toy_databin):
     def reason(*flags, size=1):
         trainer, _ = trainer_and_batches(toy_databin, *flags)
         trainer.world = dataclasses.replace(trainer.world, size=size, device=torch.device("cuda", 0))
-        return capture._obstacle(trainer)
+        return _obstacle(trainer)
 
     assert reason() == ""
     assert reason("--optimizer", "adafactor") == "--optimizer adafactor cannot skip an update on the device"

@@ -47,8 +47,8 @@ class Recorder(Protocol):
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What repeats ``work``, which is not executed. ``work`` reads nothing back from the device."""
 
-    def recover(self) -> None:
-        """Call when `record` has failed."""
+    def give_up(self) -> None:
+        """Call when `record` has failed and nothing that it has recorded is used again."""
 
 
 class CudaRecorder:
@@ -76,11 +76,11 @@ class CudaRecorder:
             work()
         return graph.replay
 
-    def recover(self) -> None:
-        """A failed recording can leave the generator convinced that one is under way: go on with a copy of it."""
+    def give_up(self) -> None:
+        """See `Recorder`."""
+        # An invalid recording can leave the generator's state as if it went on; graphs would keep to that state
         generator = torch.cuda.default_generators[self._device.index or 0]
         generator.graphsafe_set_state(generator.clone_state())
-        torch.cuda.empty_cache()
 
 
 def with_graphs(trainer: Trainer) -> Step:
@@ -189,18 +189,20 @@ class UpdateGraphs:
 
     def _fail(self, shape: Shape, error: Exception) -> None:
         """Do without: for this shape, when memory did not suffice, else for good."""
-        self._recorder.recover()
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         if is_out_of_memory(error):
             if not self._without:
                 logger.warning(f"--cuda-graphs: out of memory for batches of {shape}; such go on without: {reason}")
             self._without.add(shape)
+            torch.cuda.empty_cache()
             return
         logger.warning(f"--cuda-graphs failed, going on without: {type(error).__name__}: {reason}")
         self._off = True
         self._graphs.clear()
         self._inputs.clear()
         self._grads.clear()
+        self._recorder.give_up()
+        torch.cuda.empty_cache()
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:
