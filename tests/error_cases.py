@@ -370,6 +370,7 @@ CASES = {
 
 # What cannot be caused here by a command line, quickly -> why, and the test that causes it if there is one
 UNCAUSED = {
+    "LOGLEVEL=* in": "needs another environment; tests/test_logging.py",
     "a worker process died": "needs a killed process",
     "a reading process died": "needs a killed process; tests/test_batching.py",
     "*: CTranslate2 cannot load": "its files are checked before; tests/test_export_formats.py",

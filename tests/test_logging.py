@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fairseq.cli import score
 from fairseq.errors import FairseqError
 from fairseq.training.logging import Averages, TrainLog, choose_log_format, format_stats
 
@@ -223,3 +224,11 @@ def test_missing_packages_and_unwritable_files(monkeypatch: pytest.MonkeyPatch, 
         TrainLog("none", wandb_project="nmt")
     with pytest.raises(FairseqError, match="--log-file"):
         TrainLog("none", log_file=str(tmp_path))
+
+
+def test_a_level_that_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LOGLEVEL", "loud")
+    with pytest.raises(SystemExit) as exit_info:
+        score.main(["--ref", "none"])
+    assert exit_info.value.code == 1
+    assert capsys.readouterr().err.startswith("error: LOGLEVEL=LOUD in the environment: choose from DEBUG, INFO")

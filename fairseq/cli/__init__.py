@@ -25,8 +25,8 @@ def command(main: Main, logs: TextIO | None = None) -> Main:
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:
-        log_to(logs or sys.stderr)
         try:
+            log_to(logs or sys.stderr)
             with out_of_memory_ends("the work goes no further", MORE_MEMORY):  # where nothing says it better
                 main(argv)
             sys.stdout.flush()
