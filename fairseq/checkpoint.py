@@ -21,6 +21,7 @@ from fairseq.errors import MORE_MEMORY, FairseqError, out_of_memory_ends
 from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import from_fairseq
 from fairseq.models.transformer import Transformer
+from fairseq.options.training import LAST
 from fairseq.utils import safe_pickle
 from fairseq.utils.flags import from_namespace
 from fairseq.utils.io import atomic_write
@@ -134,6 +135,8 @@ def load_parameters(model: Transformer, parameters: dict[str, Tensor], path: str
     """Fill ``model`` with ``parameters`` (our names). Raises FairseqError naming what does not fit."""
     own = model.state_dict()
     remedy = "give the flags it was trained with, --init-type included"
+    if Path(path).name == LAST:  # found there rather than asked for
+        remedy += ", or start afresh with another --save-dir"
     missing, extra = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys())
     if missing:
         raise FairseqError(f"checkpoint {path} does not fit the model: it lacks {_some(missing)}; {remedy}")
