@@ -207,7 +207,9 @@ class TransformerModel:
             for line, name in zip(words, names, strict=True)
         ]
         search = make_search(self.ctranslate2 or self.models, cfg, seed, check)
-        translations = translate_sentences(search, encoded, ids=numbers, max_tokens=max_tokens, batch_size=batch_size)
+        translations = translate_sentences(
+            search, encoded, ids=numbers, max_tokens=max_tokens, batch_size=batch_size, beam=cfg.beam
+        )
         results = []
         for translation, line in zip(translations, words, strict=True):
             read = line[: len(translation.src_tokens) - 1]

@@ -334,6 +334,7 @@ CASES = {
     "transformers has no architecture whose": [f"export half_pre_ln.pt {HUGGINGFACE}"],
     "transformers has no architecture for": [f"export narrow_decoder.pt {HUGGINGFACE}"],
     "transformers' architecture": [f"export pre_ln.pt {HUGGINGFACE}"],
+    "the exported model": ["export nan.pt --output out --fold"],
     # fairseq-clinic
     "--out-dir *": ["clinic omega omega.deep --out-dir good.xx/out"],
     "--name": ["clinic omega omega.deep --name a/b", f"{DEPENDENCY} --name ../b"],
@@ -368,29 +369,37 @@ CASES = {
     "this model has no omega": ["python profile(load_model('toy.pt'), {})"],
 }
 
-# What cannot be caused here by a command line, quickly -> why, and the test that causes it if there is one
+# What takes more than a command line in a directory: a process that is killed, a limit, a stand-in -> the test that
+# causes it, by real command lines
+ELSEWHERE = {
+    "a worker process died": "test_error_processes.py::test_a_worker_that_is_killed",
+    "a reading process died": "test_error_processes.py::test_a_reading_process_that_is_killed",
+    "checkpoint *: no permission": "test_error_processes.py::test_a_checkpoint_that_may_not_be_read",
+    "--wandb-project *": "test_error_processes.py::test_weights_and_biases_refuses",
+    "out of memory": "test_out_of_memory.py::test_memory_that_is_really_not_there",
+    "*out of memory*, and": "test_out_of_memory.py::test_what_several_processes_cannot_survive_ends_them",
+    "*out of memory*, the": "test_out_of_memory.py::test_memory_that_is_really_not_there",
+    "process * cannot meet": "test_error_processes.py::test_the_port_of_the_meeting_is_taken",
+    "process * has no GPU": "test_error_processes.py::test_more_processes_than_gpus",
+    "--distributed-world-size": "test_error_processes.py::test_more_processes_than_gpus",
+    "process * of * was ended": "test_distributed.py::test_one_failing_process_ends_all_with_one_line",
+    "process * of * ended with": "test_distributed.py::test_one_failing_process_ends_all_with_one_line",
+    "process * of * failed": "test_distributed.py::test_one_failing_process_ends_all_with_one_line",
+    "process * of * has lost": "test_distributed.py::test_a_process_that_loses_the_others",
+    "process * of * on * has given": "test_heartbeat.py::test_a_stopped_process",
+    "process * of * on * has waited": "test_heartbeat.py::test_a_reader_that_hangs",
+    "no answer for": "test_heartbeat.py::test_a_cut_cable",
+    "*: the stream": "test_error_processes.py::test_a_rule_of_the_user_that_has_no_dependency",
+}
+
+# What no command line causes here -> why, and the test that causes it from within if there is one
 UNCAUSED = {
     "LOGLEVEL=* in": "needs another environment; tests/test_logging.py",
-    "a worker process died": "needs a killed process",
-    "a reading process died": "needs a killed process; tests/test_batching.py",
     "*: CTranslate2 cannot load": "its files are checked before; tests/test_export_formats.py",
     "*: CTranslate2 cannot translate": "its files are checked before",
-    "checkpoint *: no permission": "root may read everything",
     "the fp16 loss scale": "needs a GPU; tests/test_precision.py",
-    "--wandb-project *": "needs a network",
-    "out of memory": "needs a machine without memory; tests/test_out_of_memory.py",
-    "*out of memory*, and": "needs a machine without memory; tests/test_out_of_memory.py",
-    "*out of memory*, the": "needs a machine without memory; tests/test_out_of_memory.py",
-    "process * cannot meet": "needs several machines",
-    "process * has no GPU": "needs a GPU",
-    "--distributed-world-size": "needs a GPU",
-    "process * of * was ended": "needs a killed process; tests/test_distributed.py",
-    "process * of * ended with": "needs a process that crashes",
-    "process * of * has lost": "needs a process that crashes",
-    "--ddp-backend": "needs an older torch; tests/test_sharding.py",
     "the tokenizer reads": "needs a faulty tokenizer; tests/test_export_tokenizers.py",
-    "the exported model": "needs a faulty export; tests/test_export.py",
-    "*: the stream": "the residual rule would stay registered; tests/test_clinic_dependency.py",
+    "--ddp-backend": "needs an older torch; tests/test_sharding.py",
 }
 
 

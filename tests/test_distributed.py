@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fairseq.training.heartbeat import LOST_STATUS
 from tests.training_runs import (
     EPOCH,
     assert_fails,
@@ -136,8 +137,9 @@ def failing(config, padding_idx):
         ("raise FairseqError('the third batch is bad')", "error: the third batch is bad"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "error: process 1 of 2 was ended by signal SIGKILL"),
         ("[].pop()", "error: process 1 of 2 failed: IndexError: pop from empty list"),
+        ("os._exit(3)", "error: process 1 of 2 ended with status 3"),
     ],
-    ids=["error", "killed", "bug"],
+    ids=["error", "killed", "bug", "crash"],
 )
 def test_one_failing_process_ends_all_with_one_line(toy_databin, tmp_path, failure, action, message):
     name = "failing_" + re.sub(r"\W", "", action)
@@ -148,6 +150,26 @@ def test_one_failing_process_ends_all_with_one_line(toy_databin, tmp_path, failu
     lines = failure(toy_databin, tmp_path / "run", *flags)
     assert lines[-1] == message
     assert len(lines) == 1 or lines[0].startswith("Traceback")  # of what is a bug
+
+
+@pytest.mark.slow
+def test_a_process_that_loses_the_others(toy_databin, tmp_path):
+    """Started one by one, as SLURM does, without heartbeats: the one that is left sees broken connections."""
+    user_dir = tmp_path / "user_lost"
+    user_dir.mkdir()
+    action = "os.kill(os.getpid(), signal.SIGKILL)"
+    (user_dir / "__init__.py").write_text(USER_DIR.format(action=action, name="failing_lost"))
+    flags = ("--user-dir", user_dir, "--criterion", "failing_lost", "--max-epoch", 2, "--heartbeat-timeout", 0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [start(toy_databin, tmp_path / "run", *flags, RANK=str(rank), **environment) for rank in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert processes[1].returncode == -signal.SIGKILL
+    assert processes[0].returncode == LOST_STATUS
+    assert errors[0].splitlines()[-1] == "error: process 0 of 2 has lost the others, one of which failed"
+    assert "Traceback" not in errors[0]
 
 
 @pytest.mark.slow

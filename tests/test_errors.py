@@ -26,7 +26,7 @@ from fairseq.errors import FairseqError
 from fairseq.generation.scoring import Scorer
 from fairseq.models import TransformerModel
 from fairseq.training.averaging import average_checkpoints, last_checkpoints
-from tests.error_cases import CASES, UNCAUSED, write_material
+from tests.error_cases import CASES, ELSEWHERE, UNCAUSED, write_material
 from tests.training_runs import ROOT, load_script
 
 COMMANDS = {
@@ -52,8 +52,8 @@ DOCUMENTED = _documented()
 
 
 def _start(message: str) -> str:
-    """Its key in CASES or UNCAUSED."""
-    return max((start for start in (*CASES, *UNCAUSED) if message.startswith(start)), key=len, default="")
+    """Its key in CASES, ELSEWHERE or UNCAUSED."""
+    return max((start for start in (*CASES, *ELSEWHERE, *UNCAUSED) if message.startswith(start)), key=len, default="")
 
 
 CAUSED = [message for message in DOCUMENTED if _start(message) in CASES]
@@ -95,7 +95,8 @@ def _pattern(message: str) -> str:
     return re.escape(message).replace(r"\*", ".*")
 
 
-def _check(status: int | None, message: str, code: object, err: str) -> None:
+def check_error(status: int | None, message: str, code: object, err: str) -> None:
+    """A command said the documented ``message`` in one line, and ended with its status."""
     lines = [line for line in err.splitlines() if " | " not in line]  # log lines, which have a time
     assert code == status, err
     assert "Traceback" not in err
@@ -128,7 +129,7 @@ def test_documented(material, monkeypatch, capsys, message):
             if missing:
                 _uninstall(patch, missing.removeprefix("without "))
             COMMANDS[command].main(argv)
-        _check(DOCUMENTED[message], message, exit_info.value.code, capsys.readouterr().err)
+        check_error(DOCUMENTED[message], message, exit_info.value.code, capsys.readouterr().err)
         assert _names(material) == before, line
 
 
@@ -141,8 +142,12 @@ def _uninstall(patch: pytest.MonkeyPatch, package: str) -> None:
 
 
 def test_every_case_is_documented():
-    assert not CASES.keys() & UNCAUSED.keys()
-    assert sorted(map(_start, DOCUMENTED)) == sorted((*CASES, *UNCAUSED))
+    starts = (*CASES, *ELSEWHERE, *UNCAUSED)
+    assert len(set(starts)) == len(starts)
+    assert sorted(map(_start, DOCUMENTED)) == sorted(starts)
+    for place in ELSEWHERE.values():
+        file, test = place.split("::")
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), place
 
 
 PROCESSES = ["* has * lines and", "checkpoint *: damaged", "--fp16 and --bf16", "--distributed-port", "--out-dir *"]
@@ -165,7 +170,7 @@ def test_as_processes(material, start):
             text=True,
             timeout=120,
         )
-    _check(DOCUMENTED[message], message, result.returncode, result.stderr)
+    check_error(DOCUMENTED[message], message, result.returncode, result.stderr)
     assert _names(material) == before
 
 

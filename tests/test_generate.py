@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,11 @@ from fairseq.cli.generate import main
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import IndexedDataset
 from fairseq.errors import FairseqError
+from fairseq.generation import translate
+from fairseq.generation.beam_search import Sources
 from fairseq.generation.history import Hypothesis
 from fairseq.generation.output import TextFormat, hard_alignment, load_alignment_dictionary
-from fairseq.generation.translate import translate_ids
+from fairseq.generation.translate import batch_limits, translate_ids
 from fairseq.options import GenerationConfig
 from tests.toys import VOCAB, toy_dictionary, toy_model, write_toy_checkpoint, write_toy_databin
 
@@ -176,6 +178,26 @@ def test_scorers(toy, run):
     assert line.startswith("Generate test with beam=5: BLEU|") and "tok:13a" in line
     [line] = run(databin, "--path", path, "--quiet", "--scoring", "chrf")
     assert "chrF2|" in line
+
+
+def test_batches_shrink_as_the_beam_widens(toy, run, monkeypatch):
+    """What fills the memory is hypotheses: with a beam of 20,000 one sentence at a time, unless flags say else."""
+    assert batch_limits(None, None, 5) == (12000, 2400)
+    assert batch_limits(None, None, 20000) == (12000, 1)
+    assert batch_limits(None, 64, 20000) == (None, 64)
+    databin, path = toy
+    arguments = (databin, "--path", path, "--required-batch-size-multiple", 1, "--max-len-b", 9)
+    expected = run(*arguments)
+    monkeypatch.setattr(translate, "DEFAULT_MAX_ROWS", 15)
+    sizes: list[int] = []
+    search = translate.search_batches
+
+    def watched(models: object, sources: Iterable[Sources], *rest: object, **settings: object) -> object:
+        return search(models, (sizes.append(len(s.ids)) or s for s in sources), *rest, **settings)
+
+    monkeypatch.setattr(translate, "search_batches", watched)
+    assert_equal_output(run(*arguments), expected)
+    assert max(sizes) == 3
 
 
 def test_results_path(toy, run, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -25,6 +28,7 @@ from tests.training_runs import (
     start,
     train,
     updates,
+    write_databin,
 )
 
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2", "--standalone", "--max-restarts=1", "-m")
@@ -186,6 +190,29 @@ def test_a_stopped_process(toy_databin, tmp_path):
     while not all(ended(pid) for pid in seen):  # a data worker looks every 5 s whether its parent lives
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_reader_that_hangs(tmp_path):
+    """As where the file system does not answer: a process that reads for one of the two is stopped."""
+    databin = write_databin(tmp_path / "bin", 50_000, seed=0)  # an epoch of some minutes: each has readers of its own
+    flags = ("--max-epoch", 1, "--no-save", "--disable-validation", "--heartbeat-timeout", 3)
+    process = start(databin, tmp_path, *flags, "--distributed-world-size", 2, "--num-workers", 1)
+    readers: list[psutil.Process] = []
+    while process.poll() is None and not (readers and logged(tmp_path)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            readers = [r for p in psutil.Process(process.pid).children() for r in p.children()]
+        time.sleep(0.05)
+    readers[0].suspend()
+    try:
+        process.wait(timeout=120)
+    finally:
+        readers[0].resume()  # it holds the other end of our pipes
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == LOST_STATUS
+    (line,) = errors.splitlines()
+    name = f"process [01] of 2 on {re.escape(socket.gethostname())}"
+    assert re.match(rf"error: {name} has waited 3 s for a batch after update \d+; the same command", line)
 
 
 @pytest.fixture(scope="module")

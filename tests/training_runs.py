@@ -131,13 +131,13 @@ def epoch_of_batches(itr: EpochBatchIterator) -> list[Any]:
 
 
 def start(
-    databin: Path | str, directory: Path, *flags: object, launcher: tuple[str, ...] = ()
+    databin: Path | str, directory: Path, *flags: object, launcher: tuple[str, ...] = (), **environment: str
 ) -> subprocess.Popen[str]:
     """Start ``fairseq-train`` as a process of its own; its output is in pipes."""
     return subprocess.Popen(
         [sys.executable, "-m", *launcher, "fairseq.cli.train", *command_line(databin, directory, *flags)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

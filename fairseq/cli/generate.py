@@ -24,9 +24,9 @@ from fairseq.generation.ctranslate2_backend import open_ctranslate2
 from fairseq.generation.output import TextFormat, load_alignment_dictionary
 from fairseq.generation.scoring import Scorer
 from fairseq.generation.translate import (
-    DEFAULT_MAX_TOKENS,
     SMALLER_BATCHES,
     Translation,
+    batch_limits,
     longest_target,
     open_models_and_data,
     translate_dataset,
@@ -118,11 +118,12 @@ def _generate(args: Namespace, out: IO[Any]) -> str | None:
     text = text_format(args, data, text_pipeline(args, data))
     scorer = Scorer("sacrebleu" if args.sacrebleu else args.scoring)
     dataset = data.load(args.gen_subset, need_target=False)
+    max_tokens, max_sentences = batch_limits(args.max_tokens, args.batch_size, cfg.beam)
     batches = make_batches(
         dataset,
         name=args.gen_subset,
-        max_tokens=DEFAULT_MAX_TOKENS if args.max_tokens is None and args.batch_size is None else args.max_tokens,
-        max_sentences=args.batch_size,
+        max_tokens=max_tokens,
+        max_sentences=max_sentences,
         required_batch_size_multiple=args.required_batch_size_multiple,
         max_positions=(data.config.max_source_positions, min(most_target, args.max_target_positions)),
         skip_invalid=args.skip_invalid_size_inputs_valid_test,

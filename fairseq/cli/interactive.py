@@ -137,6 +137,7 @@ def _translate_lines(args: Namespace, cfg: GenerationConfig) -> None:
                 ids=list(ids),
                 max_tokens=args.max_tokens,
                 batch_size=args.batch_size,
+                beam=args.beam,
                 left_pad_source=args.left_pad_source,
             )
             seconds = time.perf_counter() - start

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fairseq.data.translation import Batch, BatchShape, LanguagePairDataset
-from fairseq.errors import FairseqError, out_of_memory_ends
+from fairseq.errors import FairseqError, dead_reader_ends, out_of_memory_ends
 
 logger = logging.getLogger(__name__)
 
@@ -304,12 +304,8 @@ def iterate_batches(
     )
     reader = iter(loader)
     while True:
-        try:
+        with dead_reader_ends():
             batch = next(reader, None)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise FairseqError("a reading process died, perhaps out of memory; try fewer --num-workers") from error
         if batch is None:
             return
         if isinstance(batch, FairseqError):

@@ -30,6 +30,7 @@ from fairseq.utils.devices import choose_dtype
 NO_REFERENCES = ReferenceConfig()
 SMALLER_BATCHES = "lower --max-tokens, --batch-size or --beam"
 DEFAULT_MAX_TOKENS = 12000  # source tokens in a batch when neither --max-tokens nor --batch-size is given
+DEFAULT_MAX_ROWS = 12000  # and hypotheses, so that a very wide beam does not fill the memory
 
 
 @dataclass
@@ -96,6 +97,13 @@ def pad_rows(rows: Sequence[Tensor], left: bool = False) -> Tensor:
     return batch
 
 
+def batch_limits(max_tokens: int | None, batch_size: int | None, beam: int) -> tuple[int | None, int | None]:
+    """The most source tokens and sentences of a batch, from flags of which both may be missing."""
+    if max_tokens is None and batch_size is None:
+        return DEFAULT_MAX_TOKENS, max(1, DEFAULT_MAX_ROWS // max(1, beam))
+    return max_tokens, batch_size
+
+
 def needs_attention(cfg: GenerationConfig) -> bool:
     """Whether the output needs to know which source token each target token attends to."""
     return cfg.print_alignment or cfg.replace_unk is not None
@@ -158,8 +166,15 @@ def translate_ids(
 ) -> list[Translation]:
     """``translate_sentences`` with the native search."""
     search = partial(translate_dataset, models, cfg=cfg, seed=seed)
-    batching = {"max_tokens": max_tokens, "batch_size": batch_size}
-    return translate_sentences(search, sentences, ids=ids, left_pad_source=left_pad_source, **batching)
+    return translate_sentences(
+        search,
+        sentences,
+        ids=ids,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        beam=cfg.beam,
+        left_pad_source=left_pad_source,
+    )
 
 
 def translate_sentences(
@@ -169,13 +184,15 @@ def translate_sentences(
     ids: Sequence[int] | None = None,
     max_tokens: int | None = None,
     batch_size: int | None = None,
+    beam: int = 5,
     left_pad_source: bool = True,
 ) -> list[Translation]:
     """Translate sentences of token ids, (src_len,) each with ``</s>`` at the end; results in the order given.
 
-    search: translates batches, in their order. ids: the sentences' numbers (default: 0, 1, ...). Batches hold sentences
-    of like length, at most ``max_tokens`` source tokens (and always one sentence) and ``batch_size`` sentences. A
-    sentence of ``</s>`` alone has itself as its translation, with score 0: no model knows what to do with it.
+    search: translates batches, in their order, with ``beam`` hypotheses a sentence. ids: the sentences' numbers
+    (default: 0, 1, ...). Batches hold sentences of like length, at most ``max_tokens`` source tokens (and always one
+    sentence) and ``batch_size`` sentences. A sentence of ``</s>`` alone has itself as its translation, with score 0: no
+    model knows what to do with it.
     """
     numbers = range(len(sentences)) if ids is None else ids
     empty = torch.tensor([EOS])
@@ -185,7 +202,8 @@ def translate_sentences(
         if len(source) <= 1
     }
     order = sorted((i for i in range(len(sentences)) if i not in results), key=lambda i: len(sentences[i]))
-    batches = _batches(order, sentences, numbers, max_tokens, batch_size, left_pad_source)
+    limits = batch_limits(max_tokens, batch_size, beam)
+    batches = _batches(order, sentences, numbers, *limits, left_pad_source)
     with batches_fit(batches, "translating", SMALLER_BATCHES) as read:
         results |= dict(zip(order, search(read), strict=True))
     return [results[i] for i in range(len(sentences))]
@@ -200,10 +218,9 @@ def _batches(
     left_pad_source: bool,
 ) -> Iterator[Batch]:
     """Of ``sentences``, in this order, by ascending length; the rest as ``translate_sentences``'."""
-    budget = DEFAULT_MAX_TOKENS if max_tokens is None and batch_size is None else max_tokens
     while order:
         most, size = min(batch_size or len(order), len(order)), 1
-        while size < most and (budget is None or len(sentences[order[size]]) * (size + 1) <= budget):
+        while size < most and (max_tokens is None or len(sentences[order[size]]) * (size + 1) <= max_tokens):
             size += 1
         chosen, order = order[:size], order[size:]
         src_tokens = pad_rows([sentences[i] for i in chosen], left_pad_source)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from fairseq.errors import MORE_MEMORY, FairseqError, out_of_memory_ends
+from fairseq.errors import MORE_MEMORY, FairseqError, dead_reader_ends, out_of_memory_ends
 from fairseq.models.transformer import Transformer
 from fairseq.registry import import_user_dir
 from fairseq.training.heartbeat import LOST_STATUS, Heartbeat, LostProcess, end_process
@@ -158,7 +158,7 @@ def _start_processes(main: Callable[[Namespace, World], None], args: Namespace, 
         _wait_for(processes.processes, ended)
         while not processes.join():
             pass
-    except mp.ProcessExitedException as error:
+    except mp.ProcessExitedException:
         stops = [process.exitcode for process in processes.processes if process.exitcode in STOP_STATUSES]
         if not errors.empty():
             lost = any(process.exitcode == LOST_STATUS for process in processes.processes)
@@ -168,10 +168,13 @@ def _start_processes(main: Callable[[Namespace, World], None], args: Namespace, 
         for rank, process in enumerate(processes.processes):
             if process.exitcode == exit_status(signal.SIGINT):
                 raise KeyboardInterrupt from None
-            if process.exitcode < 0 and process not in ended:
-                name = signal.Signals(-process.exitcode).name
-                raise FairseqError(f"process {rank} of {size} was ended by signal {name}") from None
-        raise FairseqError(f"process {error.error_index} of {size} ended with status {error.exit_code}") from None
+            if process.exitcode == 0 or process in ended:
+                continue
+            if process.exitcode > 0:
+                raise FairseqError(f"process {rank} of {size} ended with status {process.exitcode}") from None
+            name = signal.Signals(-process.exitcode).name
+            raise FairseqError(f"process {rank} of {size} was ended by signal {name}") from None
+        raise
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
@@ -279,7 +282,7 @@ def _run(
     if heartbeat is not None:
         heartbeat.start()
     try:
-        with out_of_memory_ends(f"process {rank} of {size}", MORE_MEMORY):  # where nothing says it better
+        with out_of_memory_ends(f"process {rank} of {size}", MORE_MEMORY), dead_reader_ends():
             main(args, World(rank, size, device, heartbeat))
     except RuntimeError as error:
         if any(reason in str(error) for reason in _LOST):
