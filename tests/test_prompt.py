@@ -8,6 +8,7 @@ import select
 import stat
 import sys
 import time
+from subprocess import Popen
 
 import pytest
 
@@ -18,17 +19,35 @@ pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
 CTRL_C, CTRL_D, UP = b"\x03", b"\x04", b"\x1b[A"
 
 
+# Opening the terminal that it has as its input makes it the controlling one of the new session: Ctrl-C is a signal then
+IN_A_TERMINAL = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def start_in_terminal(arguments: list[str], stdout: int | None = None, **environment: str) -> tuple[Popen[bytes], int]:
+    """The command with a pseudo-terminal, and our end of that. stdout: a file descriptor instead of the terminal.
+
+    Not by pty.fork, whose child goes on in Python: this process has threads, whose locks would stay locked there.
+    """
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "fairseq.cli.interactive", *arguments]
+    process = Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdin=theirs,
+        stdout=theirs if stdout is None else stdout,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    return process, ours
+
+
 class Terminal:
     """The command in a pseudo-terminal."""
 
     def __init__(self, arguments: list[str], **environment: str) -> None:
-        settings = {"TERM": "xterm", "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "fairseq.cli.interactive", *arguments]
-        variables = os.environ | settings | environment
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:  # as little as possible between fork and exec: the parent has threads
-            os.execve(command[0], command, variables)
-        self.screen = ""
+        settings = {"TERM": "xterm", "NO_COLOR": "1", "LC_ALL": "C.UTF-8"}
+        self.process, self.fd = start_in_terminal(arguments, **(settings | environment))
 
     def read(self, until: str | None) -> str:
         """What appears up to ``until``, or up to the end."""
@@ -51,7 +70,7 @@ class Terminal:
         return self.read(until)
 
     def status(self) -> int:
-        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        status = self.process.wait(timeout=60)
         os.close(self.fd)
         return status
 
@@ -96,15 +115,12 @@ def test_pasted_lines_alignment_and_a_history_that_cannot_be_written(arguments, 
 
 def test_output_to_a_pipe_stays_fairseqs(arguments, tmp_path):
     read, write = os.pipe()
-    pid, fd = pty.fork()
-    if pid == 0:
-        os.dup2(write, 1)
-        os.execve(sys.executable, [sys.executable, "-m", "fairseq.cli.interactive", *arguments], dict(os.environ))
+    process, fd = start_in_terminal(arguments, stdout=write)
     os.close(write)
     os.write(fd, b"a b\n" + CTRL_D)
     with os.fdopen(read) as printed:
         assert [line[:3] for line in printed] == ["S-0", "W-0", "H-0", "D-0", "P-0"]
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert process.wait(timeout=60) == 0
     os.close(fd)
 
 
