@@ -273,12 +273,20 @@ def on_host(host: str, command: list[str], **environment: object) -> subprocess.
     )
 
 
+STATIC = ["--master-addr=10.99.0.1", "--master-port=29400"]
+C10D = ["--rdzv-backend=c10d", "--rdzv-endpoint=10.99.0.1:29400", "--rdzv-id=7"]
+
+
 @pytest.mark.slow
-def test_two_hosts_train_as_one(toy_databin, tmp_path, uninterrupted, hosts):
-    torchrun = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    torchrun += ["--master-addr=10.99.0.1", "--master-port=29400"]
+@pytest.mark.parametrize("meeting", [STATIC, C10D], ids=["static", "c10d"])
+def test_two_hosts_train_as_one(toy_databin, tmp_path, uninterrupted, hosts, meeting):
+    """With c10d the hosts' names, which torchrun takes by default, lead nowhere: each says its address."""
+    torchrun = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *meeting]
     command = ["-m", "fairseq.cli.train", *command_line(toy_databin, tmp_path, "--max-epoch", 2)]
-    processes = [on_host(host, [*torchrun, f"--node-rank={rank}", *command]) for rank, host in enumerate(hosts)]
+    own = [[f"--node-rank={rank}"] for rank in range(2)]
+    if meeting is C10D:
+        own = [[f"--rdzv-conf=is_host={1 - rank}", f"--local-addr=10.99.0.{rank + 1}"] for rank in range(2)]
+    processes = [on_host(host, [*torchrun, *flags, *command]) for host, flags in zip(hosts, own, strict=True)]
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
