@@ -144,6 +144,8 @@ def load_parameters(model: Transformer, parameters: dict[str, Tensor], path: str
         raise FairseqError(f"checkpoint {path} does not fit the model, which has no {_some(extra)}; {remedy}")
     for name, tensor in own.items():
         if tensor.shape != parameters[name].shape:
+            if name.endswith("embed_tokens.weight") and tensor.size(0) != parameters[name].size(0):
+                remedy = "give the data-bin it was trained on, which has another dictionary"
             raise FairseqError(
                 f"checkpoint {path} does not fit the model: {name} is {tuple(parameters[name].shape)} in the file "
                 f"and {tuple(tensor.shape)} in the model; {remedy}"

@@ -81,7 +81,7 @@ def test_torch_alone_would_not_notice(tmp_path):
         load_checkpoint(path)
 
 
-def test_fallback(toy_databin, tmp_path, capsys):
+def test_fallback(toy_databin, tmp_path, capsys, caplog):
     flags = ("--max-epoch", 3, "--save-interval-updates", 5)
     train(toy_databin, tmp_path / "whole", *flags)
     train(toy_databin, tmp_path / "run", *flags, "--max-update", 10)
@@ -90,10 +90,13 @@ def test_fallback(toy_databin, tmp_path, capsys):
     path.unlink()  # the other names of the file stay good
     data[len(data) // 2] ^= 255
     path.write_bytes(data)
+    for age, name in enumerate(("checkpoint1.pt", "checkpoint_1_5.pt", "checkpoint_2_10.pt")):
+        os.utime(tmp_path / "run" / name, (2e9 - age, 2e9 - age))  # in a copied directory ages say nothing
     argv = command_line(toy_databin, tmp_path / "run", *flags)
     assert_fails(capsys, 1, "the newest good one, with --restore-fallback", *argv)
     assert path.read_bytes() == data
     train(toy_databin, tmp_path / "run", *flags, "--restore-fallback")
+    assert "(epoch 2 @ 10 updates)" in caplog.text
     for key in ("model", "last_optimizer_state"):
         assert_same(last(tmp_path / "whole")[key], last(tmp_path / "run")[key])
 

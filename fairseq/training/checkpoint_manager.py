@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fairseq.checkpoint import load_checkpoint, save_checkpoint
+from fairseq.checkpoint import load_checkpoint, save_checkpoint, updates_of
 from fairseq.errors import FairseqError, OutOfMemory, out_of_memory_ends
 from fairseq.options import LAST, CheckpointConfig
 from fairseq.training.async_save import BackgroundWriter, to_host
@@ -191,7 +191,11 @@ class CheckpointManager:
             return state, good, False
 
     def _newest_good(self) -> tuple[dict[str, Any] | None, Path | None]:
-        """The newest checkpoint that can be read and resumed from, ``checkpoint_last.pt`` aside, and its path."""
+        """The checkpoint of most updates that can be read and resumed from, ``checkpoint_last.pt`` aside, and its path.
+
+        All are read: a directory that was copied has files of any age. The youngest of those with as many updates.
+        """
+        best: tuple[dict[str, Any] | None, Path | None] = None, None
         others = [path for path in self.directory.glob("checkpoint*.pt") if path.name != LAST]
         for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
             try:
@@ -200,6 +204,7 @@ class CheckpointManager:
                 raise
             except FairseqError:
                 continue
-            if state.get("last_optimizer_state") is not None:
-                return state, path
-        return None, None
+            has_more = best[0] is None or updates_of(state) > updates_of(best[0])
+            if has_more and state.get("last_optimizer_state") is not None:
+                best = state, path
+        return best
