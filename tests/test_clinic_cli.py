@@ -296,9 +296,23 @@ def test_report(toy_databin, tmp_path, adaptive_run):
     assert f"{own:.4g}" in page.cells
 
 
+LARGE = {"label": "a", "stage": "trained", "encoder": {"beta2": [[0.5], [10**400]], "bias": [0.1]}}
+
+
 @pytest.mark.parametrize(
     "content",
-    [None, "{", "[1]", '{"version": 3}', '{"kind": "omega", "data": 3}', '{"kind": "omega", "data": {"models": [1]}}'],
+    [
+        *(
+            None,
+            "{",
+            "[1]",
+            '{"version": 3}',
+            '{"kind": "omega", "data": 3}',
+            '{"kind": "omega", "data": {"models": [1]}}',
+        ),
+        json.dumps({"kind": "dependency", "data": {"stack": "encoder", "models": [LARGE]}}),
+    ],
+    ids=range(7),
 )
 def test_report_on_what_is_no_result(tmp_path, capsys, content):
     if content is not None:
