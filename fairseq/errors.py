@@ -65,14 +65,3 @@ def _asked_for(error: BaseException) -> str:
         return ""
     size, unit = float(found[1]), found[2]
     return f" ({size / 2**20:,.1f} MiB more)" if unit == "bytes" else f" ({size:,.1f} {unit} more)"
-
-
-@contextlib.contextmanager
-def dead_reader_ends() -> Iterator[None]:
-    """Within, the death of a process of torch's DataLoader, which may be told anywhere, becomes a FairseqError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise FairseqError("a reading process died, perhaps out of memory; try fewer --num-workers") from error

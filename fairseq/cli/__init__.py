@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
-from fairseq.errors import MORE_MEMORY, FairseqError, dead_reader_ends, out_of_memory_ends
+from fairseq.errors import MORE_MEMORY, FairseqError, out_of_memory_ends
 from fairseq.utils.log_lines import log_to
 
 EXIT_ERROR = 1  # bad input: a file, a value, an impossible request
@@ -27,7 +27,7 @@ def command(main: Main, logs: TextIO | None = None) -> Main:
     def wrapper(argv: list[str] | None = None) -> None:
         try:
             log_to(logs or sys.stderr)
-            with out_of_memory_ends("the work goes no further", MORE_MEMORY), dead_reader_ends():
+            with out_of_memory_ends("the work goes no further", MORE_MEMORY):
                 main(argv)  # where nothing within says it better
             sys.stdout.flush()
         except FairseqError as error:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fairseq.data.translation import Batch, BatchShape, LanguagePairDataset
-from fairseq.errors import FairseqError, dead_reader_ends, out_of_memory_ends
+from fairseq.errors import FairseqError, out_of_memory_ends
 
 logger = logging.getLogger(__name__)
 
@@ -302,15 +302,31 @@ def iterate_batches(
         worker_init_fn=_obey_parent,
         generator=torch.Generator(),  # DataLoader draws a seed; not from the generator that dropout uses
     )
-    reader = iter(loader)
+    reader = _without_signal_handler(loader)
     while True:
-        with dead_reader_ends():
+        try:
             batch = next(reader, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise FairseqError("a reading process died, perhaps out of memory; try fewer --num-workers") from error
         if batch is None:
             return
         if isinstance(batch, FairseqError):
             raise batch
         yield batch.tensors() if isinstance(batch, _Arrays) else batch
+
+
+def _without_signal_handler(loader: DataLoader) -> Iterator[Any]:
+    """``iter(loader)``, but a dead process is told by ``next`` alone.
+
+    torch's handler of SIGCHLD raises wherever the main thread is, in the middle of a log line or of saving.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    reader = iter(loader)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return reader
 
 
 def _as_it_is(batch: Any) -> Any:

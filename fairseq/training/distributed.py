@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from fairseq.errors import MORE_MEMORY, FairseqError, dead_reader_ends, out_of_memory_ends
+from fairseq.errors import MORE_MEMORY, FairseqError, out_of_memory_ends
 from fairseq.models.transformer import Transformer
 from fairseq.registry import import_user_dir
 from fairseq.training.heartbeat import LOST_STATUS, Heartbeat, LostProcess, end_process
@@ -282,7 +282,7 @@ def _run(
     if heartbeat is not None:
         heartbeat.start()
     try:
-        with out_of_memory_ends(f"process {rank} of {size}", MORE_MEMORY), dead_reader_ends():
+        with out_of_memory_ends(f"process {rank} of {size}", MORE_MEMORY):
             main(args, World(rank, size, device, heartbeat))
     except RuntimeError as error:
         if any(reason in str(error) for reason in _LOST):
