@@ -7,7 +7,7 @@ A case starts from a valid file and is changed: bits, bytes, lengths and numbers
 exchanged or taken from another file. Hypothesis draws what decides on the changes, from a seed, so that a run can be
 repeated and, with ``--first``, continued; atheris looks for changes that reach new code. The memory that the process
 may add, and the CPU time of a case, are bounded. A case that fails is written to ``--keep`` and named; the one that is
-being run is there as TARGET.running, in case a library written in C++ takes the process with it.
+being run is there as TARGET-PROCESS.running, in case a library written in C++ takes the process with it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Counter:
         self.findings = Findings(name, keep)
         self.done = self.accepted = 0
         self.started = time.monotonic(), time.process_time()
-        self._path = keep / f"{name}.running"
+        self._path = keep / f"{name}-{os.getpid()}.running"
         with open(self._path, "w+b") as handle:
             handle.truncate(8 + LONGEST_KEPT)
             self._running = mmap.mmap(handle.fileno(), 0)
