@@ -97,7 +97,8 @@ class _Stack(nn.Module):
         self.layer_norm = nn.LayerNorm(self.embed_tokens.embedding_dim) if rule.needs_final_norm else None
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
-        """tokens: (batch, time); positions: broadcastable to (batch, time, dim) -> (batch, time, dim)."""
+        """tokens: (batch, time); positions: broadcastable to (batch, time, dim) -> (batch, time, dim); or of a decoding
+        step, all without time."""
         x = self.embed_scale * self.embed_tokens(tokens)
         if positions is not None:
             x = x + positions
@@ -185,14 +186,14 @@ class TransformerDecoder(_Stack):
         over the source averaged over heads, (rows, src_len).
         """
         positions = None if self.embed_positions is None else self.embed_positions.at(cache.positions(len(tokens)))
-        x = self.embed(tokens[:, None], positions)
+        x = self.embed(tokens, positions)
         attn: list[Tensor] = []
         for i, layer in enumerate(self._layers()):
             x = layer.step(x, cache, i, attn if need_attn and i == len(self.layers) - 1 else None)
         cache.end_step()
         if self.layer_norm is not None:
             x = self.layer_norm(x)
-        return x.squeeze(1), attn[0] if attn else None
+        return x, attn[0] if attn else None
 
 
 class Transformer(nn.Module):

@@ -45,18 +45,16 @@ class DecoderCache:
         self._bias: Tensor | None = None  # (room,) or (rows, 1, 1, room), -inf where there is no token
 
     def self_attention(self, layer: int, attn: MultiheadAttention, x: Tensor) -> Tensor:
-        """x: (rows, 1, dim), what one step's tokens attend with -> same shape. Their keys and values are kept."""
-        query, key, value = (
-            projection(x).view(x.size(0), attn.num_heads, 1, -1)
-            for projection in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
+        """x: (rows, dim), what one step's tokens attend with -> same shape. Their keys and values are kept."""
+        by_head = x.size(0), attn.num_heads, -1
+        key, value = attn.k_proj(x).view(by_head), attn.v_proj(x).view(by_head)
         keys, values = self._move(layer, key)
-        keys[:, :, self.length] = key.squeeze(2)
-        values[:, :, self.length] = value.squeeze(2)
+        keys.select(2, self.length).copy_(key)
+        values.select(2, self.length).copy_(value)
         self.self_kv[layer] = keys, values
         if self._bias is None:
             self._bias = self._self_bias(keys)
-        context = attend(query, keys, values, self._bias)
+        context = attend(attn.q_proj(x).view(by_head).unsqueeze(2), keys, values, self._bias)
         return attn.out_proj(attn.inner_norm(context.view_as(x)))
 
     def _self_bias(self, keys: Tensor) -> Tensor:
@@ -69,17 +67,20 @@ class DecoderCache:
         return by_sentence.repeat_interleave(keys.size(0) // len(by_sentence), dim=0)[:, None, None]
 
     def positions(self, rows: int) -> int | Tensor:
-        """How many tokens each of a step's rows has so far: where sentences differ, (rows, 1)."""
+        """How many tokens each of a step's rows has so far: where sentences differ, (rows,)."""
         if self.unused is None:
             return self.length
-        return (self.length - self.unused).repeat_interleave(rows // len(self.unused))[:, None]
+        return (self.length - self.unused).repeat_interleave(rows // len(self.unused))
 
     def _move(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's keys and values, each row where it belongs now, with room for one more token."""
+        """The layer's keys and values, each row where it belongs now, with room for one more token.
+
+        like: (rows, heads, head_dim), the size of a token's.
+        """
         room = max(SMALLEST_ROOM, -(-(self.length + 1) // BLOCK) * BLOCK)
         old = self.self_kv[layer]
         if old is None:
-            rows, heads, _, head_dim = like.shape
+            rows, heads, head_dim = like.shape
             # zeros: what is there weighs nothing in attention unless it is NaN
             return like.new_zeros(rows, heads, room, head_dim), like.new_zeros(rows, heads, room, head_dim)
         if room > old[0].size(2):
@@ -89,14 +90,14 @@ class DecoderCache:
         return old[0].index_select(0, self._rows), old[1].index_select(0, self._rows)
 
     def encoder_attention(self, layer: int, attn: MultiheadAttention, x: Tensor) -> Tensor:
-        """x: (rows, 1, dim), what one step's tokens attend with -> same shape."""
+        """x: (rows, dim), what one step's tokens attend with -> same shape."""
         keys, values = self.encoder_kv[layer]
         query = attn.q_proj(x).view(keys.size(0), -1, attn.num_heads, keys.size(3)).transpose(1, 2)
         context = attend(query, keys, values, self.encoder_bias)
         return attn.out_proj(attn.inner_norm(context.transpose(1, 2).reshape(x.shape)))
 
     def encoder_attention_weights(self, layer: int, attn: MultiheadAttention, x: Tensor) -> Tensor:
-        """What ``encoder_attention`` attends to, averaged over heads: x: (rows, 1, dim) -> (rows, src_len), float32."""
+        """What ``encoder_attention`` attends to, averaged over heads: x: (rows, dim) -> (rows, src_len), float32."""
         keys, _ = self.encoder_kv[layer]
         by_sentence = x.view(keys.size(0), -1, x.size(-1))
         return attn.attention_weights(by_sentence, keys, self.encoder_mask).flatten(0, 1)
@@ -174,8 +175,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.float64):
         return F.scaled_dot_product_attention(query, key, value, bias.expand(query.size(0), 1, 1, -1))
     batch, heads, time, _ = query.shape
-    if bias.dim() > 1:
-        bias = bias.expand(-1, heads, -1, -1).reshape(batch * heads, 1, -1)
     query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
-    scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=1 / math.sqrt(query.size(-1)))
-    return torch.bmm(scores.softmax(-1), value).view(batch, heads, time, -1)
+    # the bias is added apart: baddbmm copies it to every score first, which costs as much as the product
+    scores = torch.bmm(query, key.transpose(1, 2)).view(batch, heads, time, -1)
+    scores = torch.add(bias, scores, alpha=1 / math.sqrt(query.size(-1))).softmax(-1)
+    return torch.bmm(scores.flatten(0, 1), value).view(batch, heads, time, -1)

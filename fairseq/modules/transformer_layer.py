@@ -62,7 +62,7 @@ class TransformerDecoderLayer(nn.Module):
         return self.ffn_residual(x, self.feed_forward)
 
     def step(self, x: Tensor, cache: DecoderCache, number: int, attn: list[Tensor] | None = None) -> Tensor:
-        """One decoding step: x: (rows, 1, dim) -> same shape; rows as ``cache`` has them.
+        """One decoding step: x: (rows, dim) -> same shape; rows as ``cache`` has them.
 
         number: of this layer, from 0. attn: if given, the attention over the source, averaged over heads, (rows,
         src_len), is appended to it.
