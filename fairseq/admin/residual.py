@@ -12,7 +12,7 @@ scaled by ``omega_i``, set so that branch i enters with the weight 1/i that it w
 
 A rule may also have ``init_branch(branch)``, called once with the finished sub-layer (attention or feed-forward), for
 rules that say how the branch starts. What flows between the sub-layers of one layer is the rule's own business, as long
-as the layer begins and ends with a tensor; see ``B2T``. A decoding step has one token a row: there ``x`` is (batch, dim).
+as the layer begins and ends with a tensor; see ``B2T``. A decoding step has one token a row: ``x`` is (batch, dim).
 """
 
 from __future__ import annotations
