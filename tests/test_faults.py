@@ -96,7 +96,8 @@ def test_fallback(toy_databin, tmp_path, capsys, caplog):
     assert_fails(capsys, 1, "the newest good one, with --restore-fallback", *argv)
     assert path.read_bytes() == data
     train(toy_databin, tmp_path / "run", *flags, "--restore-fallback")
-    assert "(epoch 2 @ 10 updates)" in caplog.text
+    [resumed] = [record.message for record in caplog.records if record.message.startswith("resumed from")]
+    assert resumed.endswith("(epoch 2 @ 10 updates)")
     for key in ("model", "last_optimizer_state"):
         assert_same(last(tmp_path / "whole")[key], last(tmp_path / "run")[key])
 
