@@ -123,3 +123,20 @@ def test_more_sentences_than_bytes(tmp_path: Path) -> None:
     (tmp_path / "x.idx").write_bytes(index)
     with pytest.raises(FairseqError, match="do not fit"):
         IndexedDataset(tmp_path / "x")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
+def test_an_open_index_is_not_in_memory(tmp_path: Path) -> None:
+    count = 2_000_000
+    sizes = np.full(count, 3, "<i4")
+    with open(tmp_path / "a.idx", "wb") as handle:
+        handle.write(indexed_dataset.HEADER.pack(indexed_dataset.MAGIC, indexed_dataset.VERSION, 8, count))
+        handle.write(sizes.data)
+        handle.write((6 * np.arange(count, dtype="<i8")).data)
+    with open(tmp_path / "a.bin", "wb") as handle:
+        handle.truncate(6 * count)
+    dataset = IndexedDataset(tmp_path / "a")
+    mapping = Path("/proc/self/smaps").read_text().split(f"{tmp_path}/a.idx\n")[1]
+    resident = int(next(line for line in mapping.splitlines() if line.startswith("Rss:")).split()[1])
+    assert resident < 12 * count / 1024 / 4
+    assert dataset[count - 1].tolist() == [0, 0, 0]

@@ -108,6 +108,8 @@ class IndexedDataset:
         end = _check_layout(index_path, self.sizes, starts, dtype.itemsize)
         if end > len(data):
             raise FairseqError(f"{data_path}: cut short: {len(data)} bytes, {end} expected; make the data-bin again")
+        if isinstance(index.obj, mmap.mmap):
+            index.obj.madvise(mmap.MADV_DONTNEED)  # the check has read all of it; few offsets are needed soon
         self.tokens = np.frombuffer(data, dtype.newbyteorder("<"), len(data) // dtype.itemsize)
         self._starts, self._itemsize = starts, dtype.itemsize
 
