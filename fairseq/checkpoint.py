@@ -21,13 +21,13 @@ from fairseq.errors import MORE_MEMORY, FairseqError, out_of_memory_ends
 from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import from_fairseq
 from fairseq.models.transformer import Transformer
-from fairseq.options.training import LAST
 from fairseq.utils import safe_pickle
 from fairseq.utils.flags import from_namespace
 from fairseq.utils.io import atomic_write
 
 SIZE_RATIO = 4  # decoders may have wider attention to the encoder, and narrower
 MOST_POSITIONS = 2**20
+SPECIAL_SYMBOLS = 4  # <s>, <pad>, </s> and <unk>
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -115,6 +115,9 @@ def build_from_checkpoint(
 
 def _check_size(cfg: TransformerConfig, parameters: dict[str, Tensor], path: str | Path) -> None:
     """Raise FairseqError when the settings ask for a model far larger than the parameters, before it is made."""
+    rows = min(parameters[f"{stack}.embed_tokens.weight"].size(0) for stack in ("encoder", "decoder"))
+    if rows < SPECIAL_SYMBOLS:
+        raise FairseqError(f"checkpoint {path}: embeddings of {rows} tokens; every dictionary has {SPECIAL_SYMBOLS}")
     size = 0
     for stack in ("encoder", "decoder"):
         layers, dim, ffn_dim = (getattr(cfg, f"{stack}_{name}") for name in ("layers", "embed_dim", "ffn_embed_dim"))
@@ -131,12 +134,13 @@ def _check_size(cfg: TransformerConfig, parameters: dict[str, Tensor], path: str
         )
 
 
-def load_parameters(model: Transformer, parameters: dict[str, Tensor], path: str | Path) -> None:
-    """Fill ``model`` with ``parameters`` (our names). Raises FairseqError naming what does not fit."""
+def load_parameters(model: Transformer, parameters: dict[str, Tensor], path: str | Path, otherwise: str = "") -> None:
+    """Fill ``model`` with ``parameters`` (our names). Raises FairseqError naming what does not fit.
+
+    otherwise: what else than giving the right flags the user may do about that, to end the message with.
+    """
     own = model.state_dict()
-    remedy = "give the flags it was trained with, --init-type included"
-    if Path(path).name == LAST:  # found there rather than asked for
-        remedy += ", or start afresh with another --save-dir"
+    remedy = f"give the flags it was trained with, --init-type included{otherwise}"
     missing, extra = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys())
     if missing:
         raise FairseqError(f"checkpoint {path} does not fit the model: it lacks {_some(missing)}; {remedy}")

@@ -149,6 +149,7 @@ CASES = {
     "checkpoint *: 'model' holds": ["generate bin --path no_tensor.pt --cpu"],
     "checkpoint *: no settings": ["generate bin --path no_settings.pt --cpu"],
     "checkpoint *: no parameter": ["generate bin --path other_model.pt --cpu"],
+    "checkpoint *: embeddings of": ["generate bin --path one_token.pt --cpu"],
     "checkpoint *: its settings say": [_override("encoder_layers", 3)],
     "checkpoint *: its settings make a model": [
         _override("max_source_positions", 2**21),
@@ -249,6 +250,7 @@ CASES = {
     "--max-len-a": [f"{GENERATE} --max-len-a=-1"],
     "--max-len-b": [f"{GENERATE} --max-len-b 0", f"{GENERATE} --max-len-b 3 --min-len 4"],
     "--no-repeat-ngram-size": [f"{GENERATE} --no-repeat-ngram-size=-1"],
+    "--lenpen": [f"{GENERATE} --lenpen 2147483648"],
     "--temperature": [f"{GENERATE} --temperature 0"],
     "--sampling-topp *": [f"{GENERATE} --sampling --sampling-topp 1.5"],
     "--sampling-topk needs": [f"{GENERATE} --sampling-topk 3"],
@@ -504,6 +506,7 @@ def _write_checkpoints(root: Path) -> None:
     save("no_settings", lambda s: s.pop("args"))
     save("other_model", lambda s: s.update(model={"weight": torch.ones(3)}))
     save("fused", lambda s: s["model"].update({"encoder.layers.0.self_attn.in_proj_weight": torch.ones(4, 2)}))
+    save("one_token", lambda s: s["model"].update({"decoder.embed_tokens.weight": torch.ones(1, 16)}))
     save("omega_empty", lambda s: s["model"].update({omega: torch.ones(0)}))
     save("adaptive_softmax", lambda s: None, {"adaptive_softmax_cutoff": "100,200"})
 

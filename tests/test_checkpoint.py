@@ -346,11 +346,9 @@ def test_foreign_objects_are_no_obstacle(tmp_path):
         load_checkpoint(tmp_path / "empty.pt")
 
 
-@pytest.mark.parametrize(("name", "remedy"), [("checkpoint_last.pt", "another --save-dir"), ("model.pt", "included")])
-def test_what_to_do_about_a_checkpoint_that_does_not_fit(name, remedy):
-    """checkpoint_last.pt is found in --save-dir, perhaps to its owner's surprise; any other was named."""
+def test_what_to_do_about_a_checkpoint_that_does_not_fit():
     shape = {"encoder_layers": 1, "decoder_layers": 1, "encoder_embed_dim": 16, "encoder_ffn_embed_dim": 24}
     admin, plain = (Transformer(TransformerConfig(**shape, init_type=i), 9, 9) for i in ("adaptive", "default"))
     for model, other in ((admin, plain), (plain, admin)):
-        with pytest.raises(FairseqError, match=f"give the flags it was trained with, --init-type .*{remedy}$"):
-            load_parameters(model, other.state_dict(), f"checkpoints/{name}")
+        with pytest.raises(FairseqError, match=r"give the flags it was trained with, --init-type included, or else$"):
+            load_parameters(model, other.state_dict(), "model.pt", ", or else")

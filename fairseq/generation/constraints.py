@@ -34,6 +34,7 @@ def check_generation_config(cfg: GenerationConfig, vocab: int | None = None) -> 
         ),
         (cfg.max_len_a < 0, f"--max-len-a {cfg.max_len_a}: must not be negative"),
         (cfg.no_repeat_ngram_size < 0, f"--no-repeat-ngram-size {cfg.no_repeat_ngram_size}: must not be negative"),
+        (not abs(cfg.lenpen) <= 50, f"--lenpen {cfg.lenpen}: must be between -50 and 50"),
         (not cfg.temperature > 0, f"--temperature {cfg.temperature}: must be above 0"),
         (cfg.sampling_topp > 1, f"--sampling-topp {cfg.sampling_topp}: is a probability, at most 1"),
         (cfg.sampling_topk > 0 and not cfg.sampling, "--sampling-topk needs --sampling"),

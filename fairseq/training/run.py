@@ -21,7 +21,7 @@ from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.models.state_dict import from_fairseq, to_fairseq
 from fairseq.models.transformer import Transformer
-from fairseq.options import CheckpointConfig, section
+from fairseq.options import LAST, CheckpointConfig, section
 from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.distributed import World
 from fairseq.training.divergence import require_finite
@@ -72,7 +72,9 @@ class TrainingRun:
         self.checkpoints = CheckpointManager(section(CheckpointConfig, args))
         state, path, parameters_only = self.checkpoints.load()
         if state is not None:
-            load_parameters(model, from_fairseq(state["model"]), str(path))
+            found = args.restore_file == LAST and not parameters_only  # rather than asked for
+            otherwise = ", or start afresh with another --save-dir" if found else ""
+            load_parameters(model, from_fairseq(state["model"]), str(path), otherwise)
             require_finite(model.named_parameters(), f"checkpoint {path}")
         elif measures_omega(args.init_type):
             start_omega(args, model, itr, world)
