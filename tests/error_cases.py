@@ -48,7 +48,10 @@ CASES = {
     "argument *: '*' is not a tuple": [
         f"{RUN} --adam-betas {shlex.quote(v)}" for v in ("(" * 5000, "0.9", f"({'9' * 400},)")
     ],
-    "argument *: '*' is not a JSON": [f"{GENERATE} --model-overrides {'[' * 5000}"],
+    "argument *: '*' is not a JSON": [
+        f"{GENERATE} --model-overrides {'[' * 5000}",
+        f"{RUN} --eval-bleu-args \"{{b'beam': 4, 'nbets': 1}}\"",
+    ],
     "--fp16 and --bf16": [
         f"{RUN} --fp16 --bf16",
         "generate bin --path toy.pt --fp16 --bf16",

@@ -104,7 +104,7 @@ def _parse_dict(text: str) -> dict[str, Any]:
             break
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object such as '{{\"beam\": 4}}'")
     return value
 
