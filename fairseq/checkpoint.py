@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fairseq.admin.omega import OmegaProfile
 from fairseq.admin.residual import ADMIN, CLOSED_FORM, PROFILING
-from fairseq.data.dictionary import Dictionary
+from fairseq.data.dictionary import SPECIAL_SYMBOLS, Dictionary
 from fairseq.errors import MORE_MEMORY, FairseqError, out_of_memory_ends
 from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import from_fairseq
@@ -27,7 +27,6 @@ from fairseq.utils.io import atomic_write
 
 SIZE_RATIO = 4  # decoders may have wider attention to the encoder, and narrower
 MOST_POSITIONS = 2**20
-SPECIAL_SYMBOLS = 4  # <s>, <pad>, </s> and <unk>
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -116,8 +115,9 @@ def build_from_checkpoint(
 def _check_size(cfg: TransformerConfig, parameters: dict[str, Tensor], path: str | Path) -> None:
     """Raise FairseqError when the settings ask for a model far larger than the parameters, before it is made."""
     rows = min(parameters[f"{stack}.embed_tokens.weight"].size(0) for stack in ("encoder", "decoder"))
-    if rows < SPECIAL_SYMBOLS:
-        raise FairseqError(f"checkpoint {path}: embeddings of {rows} tokens; every dictionary has {SPECIAL_SYMBOLS}")
+    least = len(SPECIAL_SYMBOLS)
+    if rows < least:
+        raise FairseqError(f"checkpoint {path}: embeddings of {rows} tokens; every dictionary has {least}")
     size = 0
     for stack in ("encoder", "decoder"):
         layers, dim, ffn_dim = (getattr(cfg, f"{stack}_{name}") for name in ("layers", "embed_dim", "ffn_embed_dim"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,11 @@ import pytest
 import torch
 
 from fairseq.criterions import cross_entropy
-from fairseq.data.batching import EpochBatchIterator
-from fairseq.data.shapes import plan_shapes
-from fairseq.data.translation import TranslationData
 from fairseq.errors import FairseqError
-from fairseq.options import DataConfig, parse_train_args
+from fairseq.options import parse_train_args
 from fairseq.training.capture import UpdateGraphs, _obstacle
 from tests.tape import TapeRecorder
-from tests.training_runs import command_line, train, trainer_and_batches
+from tests.training_runs import batches_of_shapes, command_line, endless_updates, train, trainer_and_batches
 
 FLAGS = ("--clip-norm", 2.0, "--weight-decay", 0.01)
 
@@ -38,23 +34,7 @@ def _trainer(databin, *flags, graphs=True, lazy=True, **settings):
     recorder = TapeRecorder()
     if graphs:
         trainer._step = UpdateGraphs(trainer, recorder).step
-    dataset = TranslationData.open(DataConfig(str(databin))).load("train")
-    itr = EpochBatchIterator(
-        lambda epoch: dataset,
-        max_tokens=250,
-        max_sentences=None,
-        max_positions=(1024, 1024),
-        seed=1,
-        required_batch_size_multiple=8,
-        planner=partial(plan_shapes, count=3),
-    )
-
-    def batches():
-        while True:
-            yield from itr.updates(trainer.update_freq())
-            itr.next_epoch()
-
-    return trainer, recorder, batches()
+    return trainer, recorder, endless_updates(trainer, batches_of_shapes(databin, 3, 250))
 
 
 def _run(trainer, batches, count, change=lambda trainer, update: None):

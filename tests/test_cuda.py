@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,12 @@ import torch
 
 from fairseq.cli.train import main
 from fairseq.criterions.cross_entropy import smoothed_nll
-from fairseq.data.batching import EpochBatchIterator
-from fairseq.data.shapes import plan_shapes
 from fairseq.data.translation import TranslationData
 from fairseq.options import DataConfig, parse_train_args, section
 from fairseq.training.distributed import World
 from fairseq.training.train import build_model
 from fairseq.training.trainer import Trainer
-from tests.training_runs import command_line, logged
+from tests.training_runs import batches_of_shapes, command_line, endless_updates, logged
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
 
@@ -51,24 +48,7 @@ def _trainer(databin, *flags, fp16=False):
     data = TranslationData.open(section(DataConfig, args))
     model = build_model(args, len(data.src_dict), len(data.tgt_dict))
     trainer = Trainer(args, model, World(0, 1, torch.device("cuda", 0)))
-    dataset = data.load("train")
-    itr = EpochBatchIterator(
-        lambda epoch: dataset,
-        max_tokens=250,
-        max_sentences=None,
-        max_positions=(1024, 1024),
-        seed=1,
-        required_batch_size_multiple=8,
-        planner=partial(plan_shapes, count=3),
-        pin_memory=True,
-    )
-
-    def batches():
-        while True:
-            yield from itr.updates(trainer.update_freq())
-            itr.next_epoch()
-
-    return trainer, batches()
+    return trainer, endless_updates(trainer, batches_of_shapes(databin, 3, 250, pin_memory=True))
 
 
 def _train(databin: Path, directory: Path, *flags: object) -> None:

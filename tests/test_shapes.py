@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq.data.batching import EpochBatchIterator, plan_batches, sort_by_length
+from fairseq.data.batching import plan_batches, sort_by_length
 from fairseq.data.indexed_dataset import IndexedDataset
 from fairseq.data.shapes import _cheapest_path, plan_shapes
 from fairseq.data.translation import BatchShape, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.options import DataConfig
 from fairseq.training.trainer import batch_losses
-from tests.training_runs import last, train, trainer_and_batches, updates
+from tests.training_runs import batches_of_shapes, last, train, trainer_and_batches, updates
 
 
 def _plan(src, tgt, count, seed=1, **limits):
@@ -155,22 +154,8 @@ def test_padding_and_empty_rows_change_neither_loss_nor_gradients(toy_databin, d
         torch.testing.assert_close(padded, plain, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-5)
 
 
-def _iterator(toy_databin, **more):
-    dataset = TranslationData.open(DataConfig(str(toy_databin))).load("train")
-    return EpochBatchIterator(
-        lambda epoch: dataset,
-        max_tokens=120,
-        max_sentences=None,
-        max_positions=(1024, 1024),
-        seed=1,
-        required_batch_size_multiple=8,
-        planner=partial(plan_shapes, count=5),
-        **more,
-    )
-
-
 def test_processes_have_the_same_number_of_batches_and_count_real_tokens_alone(toy_databin):
-    ranks = [_iterator(toy_databin, rank=rank, world_size=2, num_workers=rank) for rank in (0, 1)]
+    ranks = [batches_of_shapes(toy_databin, 5, 120, rank=rank, world_size=2, num_workers=rank) for rank in (0, 1)]
     steps = [list(itr.updates(2)) for itr in ranks]
     assert [len(update) for update in steps[0]] == [len(update) for update in steps[1]]
     batches = [batch for rank in steps for update in rank for batch in update if batch is not None]
@@ -178,7 +163,7 @@ def test_processes_have_the_same_number_of_batches_and_count_real_tokens_alone(t
     shapes = {(*batch["net_input"]["src_tokens"].shape, batch["target"].shape[1]) for batch in batches}
     assert len(shapes) <= 5
     stats = [itr.take_stats() for itr in ranks]
-    whole = _iterator(toy_databin)._datasets(1)
+    whole = batches_of_shapes(toy_databin, 5, 120)._datasets(1)
     assert sum(s["tokens"] for s in stats) == whole.src_sizes.sum() + whole.tgt_sizes.sum()
     cells = sum(batch["net_input"]["src_tokens"].numel() + batch["target"].numel() for batch in batches)
     assert sum(s["positions"] for s in stats) == cells

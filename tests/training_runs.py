@@ -11,7 +11,9 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -25,7 +27,8 @@ from fairseq.cli.train import main
 from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import IndexedDatasetWriter
-from fairseq.data.translation import TranslationData
+from fairseq.data.shapes import plan_shapes
+from fairseq.data.translation import Batch, TranslationData
 from fairseq.options import DataConfig, parse_train_args, section
 from fairseq.training.distributed import World
 from fairseq.training.train import build_model
@@ -96,17 +99,36 @@ def trainer_and_batches(
     return trainer, itr
 
 
+def batches_of_shapes(databin: Path, count: int, max_tokens: int, **more: Any) -> EpochBatchIterator:
+    """Training batches of at most ``count`` shapes. more: of EpochBatchIterator."""
+    dataset = TranslationData.open(DataConfig(str(databin))).load("train")
+    return EpochBatchIterator(
+        lambda epoch: dataset,
+        max_tokens=max_tokens,
+        max_sentences=None,
+        max_positions=(1024, 1024),
+        seed=1,
+        required_batch_size_multiple=8,
+        planner=partial(plan_shapes, count=count),
+        **more,
+    )
+
+
+def endless_updates(trainer: Trainer, itr: EpochBatchIterator) -> Iterator[list[Batch | None]]:
+    """The micro-batches of each update, epoch after epoch."""
+    while True:
+        yield from itr.updates(trainer.update_freq())
+        itr.next_epoch()
+
+
 def train_updates(trainer: Trainer, batches: EpochBatchIterator, count: int) -> list[float]:
     """``count`` updates, epoch after epoch; returns their losses, each a token."""
     losses: list[float] = []
-    while True:
-        for micro_batches in batches.updates(trainer.update_freq()):
-            assert trainer.train_step(micro_batches)
-            stats = trainer.take_stats()
-            losses.append(stats["loss"] / stats["ntokens"])
-            if len(losses) == count:
-                return losses
-        batches.next_epoch()
+    for micro_batches in islice(endless_updates(trainer, batches), count):
+        assert trainer.train_step(micro_batches)
+        stats = trainer.take_stats()
+        losses.append(stats["loss"] / stats["ntokens"])
+    return losses
 
 
 def run_updates(trainer: Trainer, batches: list[Any]) -> list[bool]:

@@ -225,8 +225,8 @@ class Trainer:
     def normalise(self, sums: Tensor) -> Tensor:
         """By what the gradients are to be multiplied, clipping included: a scalar, float32.
 
-        sums: of the whole update. Adds to the statistics, and fills
-        ``outcome``: whether to skip the update; its loss, gradient norm and sample size.
+        sums: of the whole update. Adds to the statistics, and fills ``outcome``: whether to skip the update; its loss,
+        gradient norm and sample size.
         """
         sample_size = sums[3] if self.cfg.sentence_avg else sums[2]
         # DistributedDataParallel, or FSDP2, has divided the sum over processes by their number
