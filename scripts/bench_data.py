@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.indexed_dataset import HEADER, MAGIC, VERSION
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.shapes import plan_shapes
 from fairseq.data.translation import LanguagePairDataset, TranslationData
 from fairseq.options import DataConfig

@@ -17,16 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq.data.batching import (
-    EpochBatchIterator,
-    iterate_batches,
-    make_batches,
-    plan_batches,
-    select_by_size,
-    sort_by_length,
-)
+from fairseq.data.batching import make_batches, plan_batches, select_by_size, sort_by_length
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from fairseq.data.iterators import EpochBatchIterator
+from fairseq.data.reading import iterate_batches
 from fairseq.data.translation import Batch, BatchShape, LanguagePairDataset
 from fairseq.errors import FairseqError
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fairseq.data.batching import describe_batch
+from fairseq.data.reading import describe_batch
 from fairseq.errors import FairseqError
 from fairseq.optim.optimizers import Adam
 from fairseq.training import trainer as trainer_module

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fairseq.cli import average, clinic, generate, interactive, preprocess, validate
 from fairseq.cli import train as train_command
-from fairseq.data.batching import describe_batch
+from fairseq.data.reading import describe_batch
 from fairseq.errors import OutOfMemory, is_out_of_memory, out_of_memory_ends
 from fairseq.hub import TransformerModel
 from fairseq.optim.optimizers import Adam

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fairseq.cli import generate
-from fairseq.data.batching import EpochBatchIterator
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.translation import TranslationData
 from fairseq.models.transformer import Transformer
 from fairseq.options import DataConfig, parse_train_args, section

@@ -24,9 +24,9 @@ import torch
 
 from fairseq.cli import Main
 from fairseq.cli.train import main
-from fairseq.data.batching import EpochBatchIterator
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import IndexedDatasetWriter
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.shapes import plan_shapes
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.options import DataConfig, parse_train_args, section

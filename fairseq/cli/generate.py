@@ -15,8 +15,9 @@ from typing import IO, Any
 import torch
 
 from fairseq.cli import command
-from fairseq.data.batching import batches_fit, iterate_batches, make_batches
+from fairseq.data.batching import make_batches
 from fairseq.data.encoders import TextPipeline, make_text_pipeline
+from fairseq.data.reading import batches_fit, iterate_batches
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.generation.constraints import check_generation_config

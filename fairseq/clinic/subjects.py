@@ -19,7 +19,7 @@ from fairseq.checkpoint import (
     load_checkpoint,
     starting_omega,
 )
-from fairseq.data.batching import EpochBatchIterator
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fairseq.checkpoint import build_from_checkpoint, check_dictionaries, check_languages, load_checkpoint
-from fairseq.data.batching import batches_fit
 from fairseq.data.dictionary import Dictionary
+from fairseq.data.reading import batches_fit
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError, out_of_memory_ends
 from fairseq.generation.beam_search import Sources, search_batches

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fairseq.data.batching import describe_batch
+from fairseq.data.reading import describe_batch
 from fairseq.data.translation import Batch
 from fairseq.errors import FairseqError, is_out_of_memory
 from fairseq.models.config import TransformerConfig

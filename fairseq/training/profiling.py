@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from fairseq import admin
-from fairseq.data.batching import EpochBatchIterator, describe_batch
+from fairseq.data.iterators import EpochBatchIterator
+from fairseq.data.reading import describe_batch
 from fairseq.errors import out_of_memory_ends
 from fairseq.models.transformer import Transformer
 from fairseq.training.distributed import World

@@ -16,7 +16,7 @@ from torch import Tensor
 from fairseq import admin
 from fairseq.admin.residual import measures_omega
 from fairseq.checkpoint import check_languages, load_parameters, starting_omega
-from fairseq.data.batching import EpochBatchIterator
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.models.state_dict import from_fairseq, to_fairseq

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from fairseq.admin.residual import ADMIN, PROFILING
-from fairseq.data.batching import EpochBatchIterator
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.shapes import plan_shapes
 from fairseq.data.translation import TranslationData
 from fairseq.errors import out_of_memory_ends

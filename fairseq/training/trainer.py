@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq import criterions, optim  # noqa: F401  (they register themselves)
-from fairseq.data.batching import describe_batch
+from fairseq.data.reading import describe_batch
 from fairseq.data.translation import Batch
 from fairseq.errors import FairseqError, is_out_of_memory, out_of_memory_ends
 from fairseq.models.transformer import PADDING_IDX, Transformer

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fairseq.data.batching import batches_fit, iterate_batches, make_batches
+from fairseq.data.batching import make_batches
 from fairseq.data.encoders import make_text_pipeline
+from fairseq.data.reading import batches_fit, iterate_batches
 from fairseq.data.translation import Batch, LanguagePairDataset, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.generation.constraints import check_generation_config
