@@ -454,6 +454,18 @@ def test_sentences_that_wait_for_those_of_other_batches(monkeypatch, share, size
             assert_same(a, [(h.tokens.tolist(), h.score, h.positional_scores.tolist()) for h in b])
 
 
+def test_attention_in_several_batches():
+    """Each sentence's over its own source, whichever batch it is in."""
+    model, rows, cfg = toy_model(), sources(8, LENGTHS), GenerationConfig(max_len_b=12)
+    batches = [Sources(batch_of(rows[start : start + 5])) for start in range(0, len(rows), 5)]
+    found = search_batches([model], batches, cfg, need_attn=True)
+    for row, hypotheses in zip(rows, (sentence for batch in found for sentence in batch), strict=True):
+        [alone] = beam_search([model], row[None], cfg, need_attn=True)
+        for a, b in zip(hypotheses, alone, strict=True):
+            assert a.attention is not None and a.attention.size(0) == len(row)
+            torch.testing.assert_close(a.attention, b.attention, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("share", "together"), [(4, 8), (2, 4)])
 def test_waiting_sentences_take_no_more_room_than_a_batch(monkeypatch, share, together):
     monkeypatch.setattr(search, "WAITING_SHARE", share)

@@ -189,7 +189,8 @@ class _Batch:
             ids = range(len(sentences)) if sources.ids is None else sources.ids
             self.noise = sentence_noise(seed, ids, self.steps, cfg.beam).to(self.device)
         self.past: Past | None = None  # after ``run``, where sentences are left
-        self.history = History(cfg, src_tokens.eq(PAD).cpu() if need_attn else None)
+        padding = dict(zip(sentences, src_tokens.eq(PAD).cpu(), strict=True)) if need_attn else None
+        self.history = History(cfg, padding)
         self.can_wait = not (cfg.sampling or cfg.no_repeat_ngram_size or need_attn)  # what has more state does not
         self.src_len = src_tokens.size(1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,8 +58,12 @@ class Past:
 class History:
     """Of a batch. Tensors stay on their device until the outputs are wanted. Scores are logarithms to base 2."""
 
-    def __init__(self, cfg: GenerationConfig, padding: Tensor | None = None, past: Past | None = None) -> None:
-        """padding: bool (sentences, src_len), for attention alone. past: what the first step's rows go on from."""
+    def __init__(
+        self, cfg: GenerationConfig, padding: Mapping[int, Tensor] | None = None, past: Past | None = None
+    ) -> None:
+        """padding: bool (src_len,) by the sentences' numbers, for attention alone. past: what the first step's rows go
+        on from.
+        """
         self.cfg = cfg
         self.padding = padding
         self.past = past
