@@ -41,7 +41,8 @@ from fairseq.models.transformer import PADDING_IDX, Transformer
 from fairseq.options import parse_train_args, section
 from fairseq.registry import CRITERIONS
 from fairseq.training.activations import checkpoint_layers
-from fairseq.training.trainer import batch_losses, component
+from fairseq.training.losses import batch_losses
+from fairseq.training.trainer import component
 
 CPU = torch.device("cpu")
 GIB = 2**30

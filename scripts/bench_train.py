@@ -44,7 +44,8 @@ from fairseq.training.distributed import World
 from fairseq.training.flops import device_peak_flops, training_flops
 from fairseq.training.precision import autocast
 from fairseq.training.train import build_model
-from fairseq.training.trainer import Trainer, to_device
+from fairseq.training.trainer import Trainer
+from fairseq.training.transfer import to_device
 from fairseq.utils.devices import choose_device
 from fairseq.utils.io import atomic_write
 from fairseq.utils.memory import keep_freed_memory, peak_memory

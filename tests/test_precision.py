@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fairseq.errors import FairseqError
-from fairseq.training.precision import DynamicLossScaler
+from fairseq.options import TrainLogConfig
+from fairseq.training.precision import DynamicLossScaler, make_loss_scaler
 from tests.training_runs import (
     SGD,
     assert_fails,
@@ -101,3 +102,12 @@ def test_loss_scaler_threshold_and_state():
         scaler.update(overflow)
         other.update(overflow)
         assert scaler.state_dict() == other.state_dict()
+
+
+def test_loss_scaler_of_the_flags():
+    """The default window is fairseq's: 2^14 micro-batches of all processes, at least one update."""
+    assert [make_loss_scaler(TrainLogConfig(), n).scale_window for n in (1, 8, 2**15)] == [2**14, 2**11, 1]
+    flags = {"fp16_init_scale": 16, "fp16_scale_tolerance": 0.25, "min_loss_scale": 0.5, "threshold_loss_scale": 2.0}
+    scaler = make_loss_scaler(TrainLogConfig(fp16_scale_window=5, **flags), 8)
+    assert (scaler.scale, scaler.scale_window, scaler.tolerance) == (16, 5, 0.25)
+    assert (scaler.min_scale, scaler.threshold) == (0.5, 2.0)

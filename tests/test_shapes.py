@@ -17,7 +17,7 @@ from fairseq.data.shapes import _cheapest_path, plan_shapes
 from fairseq.data.translation import BatchShape, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.options import DataConfig
-from fairseq.training.trainer import batch_losses
+from fairseq.training.losses import batch_losses
 from tests.training_runs import batches_of_shapes, last, train, trainer_and_batches, updates
 
 

@@ -25,7 +25,7 @@ from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import Transformer
 from fairseq.registry import RESIDUAL_RULES
-from fairseq.training.trainer import to_device
+from fairseq.training.transfer import to_device
 
 LABELS = {
     "post-ln": "Post-LN",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fairseq.errors import FairseqError
+from fairseq.options import TrainLogConfig
 
 
 def autocast(device: torch.device, fp16: bool, bf16: bool) -> torch.autocast:
@@ -79,3 +80,11 @@ class DynamicLossScaler:
             setattr(self, key, int(state[key]))
 
     _counters = ("_updates", "_overflows", "_last_overflow", "_last_change")
+
+
+def make_loss_scaler(cfg: TrainLogConfig, micro_batches: int) -> DynamicLossScaler:
+    """The scaler that the flags ask for. micro_batches: an update's, those of all processes."""
+    window = cfg.fp16_scale_window or max(1, 2**14 // micro_batches)
+    return DynamicLossScaler(
+        cfg.fp16_init_scale, window, cfg.fp16_scale_tolerance, cfg.min_loss_scale, cfg.threshold_loss_scale
+    )

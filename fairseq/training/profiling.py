@@ -14,7 +14,7 @@ from fairseq.data.reading import describe_batch
 from fairseq.errors import out_of_memory_ends
 from fairseq.models.transformer import Transformer
 from fairseq.training.distributed import World
-from fairseq.training.trainer import to_device
+from fairseq.training.transfer import to_device
 
 logger = logging.getLogger("fairseq.train")
 

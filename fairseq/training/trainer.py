@@ -16,7 +16,6 @@ import logging
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,15 +35,16 @@ from fairseq.training.capture import with_graphs
 from fairseq.training.compile import compile_layers
 from fairseq.training.distributed import World
 from fairseq.training.divergence import advice, find_break
+from fairseq.training.losses import SUMS, batch_losses, batch_sums
 from fairseq.training.out_of_memory import smallest_batch
-from fairseq.training.precision import DynamicLossScaler, autocast
+from fairseq.training.precision import DynamicLossScaler, make_loss_scaler
 from fairseq.training.sharding import gather, local, scatter_optimizer_state
+from fairseq.training.transfer import on_its_way_to_host
 from fairseq.utils.flags import from_namespace
 from fairseq.utils.sharded import is_sharded
 
 logger = logging.getLogger("fairseq.train")
 
-SUMS = ("loss", "nll_loss", "ntokens", "nsentences")  # what a batch adds up to; losses in nats
 STATS = (*SUMS, "sample_size", "gnorm", "clip", "updates", "skipped", "ooms")  # what updates add up to
 MAX_OOMS_IN_A_ROW = 10  # batches of a process
 TOO_LARGE = "take a smaller model, or divide it among GPUs with --ddp-backend fully_sharded"
@@ -78,7 +78,8 @@ class Trainer:
             self.parameters, from_namespace(optimizer_config, args) if optimizer_config else None, self.cfg.lr[0]
         )
         self.lr_at = component(LR_SCHEDULERS, args.lr_scheduler, args, self.cfg.lr, self.cfg.max_update)
-        self.scaler = self._make_scaler() if args.fp16 else None
+        micro_batches = world.size * self.cfg.update_freq[0]
+        self.scaler = make_loss_scaler(section(TrainLogConfig, args), micro_batches) if args.fp16 else None
         self.num_updates = 0
         self.skipped = 0  # updates that changed nothing, since training started
         self.nonfinite_in_a_row = 0  # of the last ones
@@ -93,13 +94,6 @@ class Trainer:
         self._unread: Callable[[], list[float]] | None = None  # the last update's outcome, on its way from the device
         self.dummy_batch: Callable[[], Batch] | None = None  # for a process that has run out of batches
         self._step = with_graphs(self) if args.cuda_graphs else self.eager_step
-
-    def _make_scaler(self) -> DynamicLossScaler:
-        cfg: TrainLogConfig = section(TrainLogConfig, self.args)
-        window = cfg.fp16_scale_window or max(1, 2**14 // self.world.size // self.cfg.update_freq[0])
-        return DynamicLossScaler(
-            cfg.fp16_init_scale, window, cfg.fp16_scale_tolerance, cfg.min_loss_scale, cfg.threshold_loss_scale
-        )
 
     @property
     def lr(self) -> float:
@@ -142,15 +136,6 @@ class Trainer:
         with out_of_memory_ends(what, f"lower --max-tokens, {TOO_LARGE}"):  # no going on: some may be updated
             return self._apply(self.world.sum(sums), micro_batches)
 
-    @property
-    def _process(self) -> str:
-        """Which of several this is, for messages."""
-        return f"process {self.world.rank} of {self.world.size}: " if self.world.size > 1 else ""
-
-    def new_sums(self) -> Tensor:
-        """Zeros, float64: what an update adds up, as in SUMS, and the batches that ran out of memory."""
-        return torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.world.device)
-
     def _backward(self, batch: Batch | None, index: int, sums: Tensor, averages: bool = False) -> None:
         """Add one micro-batch's gradients to the parameters', and its statistics to ``sums``.
 
@@ -174,14 +159,23 @@ class Trainer:
         del loss, nll  # with these and the error, all activations are gone
         self._drop(batch, during, sums, averages)
 
-    @property
-    def loss_scale(self) -> Tensor | float:
-        """What the loss is multiplied by before its backward pass; where that changes, a scalar on the device."""
-        return 1.0 if self.scaler is None else self._scale
+    def seed(self, micro_batch: int) -> None:
+        """Seed dropout by update, skipped ones counted, and by the micro-batch's place among all processes'.
+
+        So a resumed run goes on as if never stopped, and two processes draw what one with twice --update-freq draws.
+        """
+        place = micro_batch * self.world.size + self.world.rank
+        seed = np.random.SeedSequence([self.args.seed, self.num_updates + self.skipped, place]).generate_state(1)[0]
+        torch.manual_seed(int(seed))
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Forward pass: (loss, nll) of a micro-batch, scalars."""
         return batch_losses(self._wrapped, self.criterion, batch, self.args, self.world.device, self.loss_scale)
+
+    @property
+    def loss_scale(self) -> Tensor | float:
+        """What the loss is multiplied by before its backward pass; where that changes, a scalar on the device."""
+        return 1.0 if self.scaler is None else self._scale
 
     def backpropagate(self, batch: Batch, loss: Tensor, nll: Tensor, sums: Tensor, weight: float = 1.0) -> None:
         """Backward pass: add ``weight`` times a micro-batch's gradients to the parameters', and its statistics to
@@ -189,6 +183,10 @@ class Trainer:
         """
         (loss * (weight * self.loss_scale)).backward()
         sums[: len(SUMS)] += weight * batch_sums(batch, loss.detach(), nll.detach())
+
+    def new_sums(self) -> Tensor:
+        """Zeros, float64: what an update adds up, as in SUMS, and the batches that ran out of memory."""
+        return torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.world.device)
 
     def _drop(self, batch: Batch, during: str, sums: Tensor, averages: bool) -> None:
         """Go on without a micro-batch that ran out of memory. during: forward or backward; for the rest `_backward`."""
@@ -213,14 +211,33 @@ class Trainer:
                 loss, _ = batch_losses(self._wrapped, self.criterion, one, self.args, self.world.device)
                 (loss * 0.0).backward()
 
-    def seed(self, micro_batch: int) -> None:
-        """Seed dropout by update, skipped ones counted, and by the micro-batch's place among all processes'.
+    @property
+    def _process(self) -> str:
+        """Which of several this is, for messages."""
+        return f"process {self.world.rank} of {self.world.size}: " if self.world.size > 1 else ""
 
-        So a resumed run goes on as if never stopped, and two processes draw what one with twice --update-freq draws.
-        """
-        place = micro_batch * self.world.size + self.world.rank
-        seed = np.random.SeedSequence([self.args.seed, self.num_updates + self.skipped, place]).generate_state(1)[0]
-        torch.manual_seed(int(seed))
+    def _apply(self, sums: Tensor, micro_batches: Sequence[Batch | None]) -> bool:
+        """Normalise and clip the gradients and update the parameters; returns as ``train_step``."""
+        factor = self.normalise(sums)
+        self._read_outcome()
+        look = self._check_every_update or self.nonfinite_in_a_row > 0
+        if look and self.outcome[0]:
+            self._skip(self.outcome.tolist(), micro_batches)
+            return False
+        torch._foreach_mul_(self._gradients(), factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        if look:
+            self.optimizer.step()
+            self.nonfinite_in_a_row = 0
+        else:
+            assert isinstance(self.optimizer, Adam)
+            self.optimizer.step_unless(self.outcome[0])
+            self._unread = on_its_way_to_host(self.outcome)
+        if self.scaler is not None:
+            self.scaler.update(overflow=False)
+        self.num_updates += 1
+        return True
 
     def normalise(self, sums: Tensor) -> Tensor:
         """By what the gradients are to be multiplied, clipping included: a scalar, float32.
@@ -246,55 +263,8 @@ class Trainer:
         self.outcome.copy_(torch.stack([skip.double(), sums[0], gnorm.double(), sample_size]))
         return factor
 
-    def update_parameters(self, sums: Tensor) -> None:
-        """End an update on the device, which skips it if need be; part of `step_on_device`. sums: as in `normalise`."""
-        assert isinstance(self.optimizer, Adam)
-        skipped_before = self.outcome[0] != 0
-        torch._foreach_mul_(self._gradients(), self.normalise(sums))
-        self.optimizer.captured_step(self.outcome[0] != 0, skipped_before)
-
-    def step_on_device(self, run: Callable[[], None], micro_batches: Sequence[Batch | None]) -> bool:
-        """One update by ``run``, which seeds, sends what differs, and repeats recorded work that ends with
-        `update_parameters`; returns as ``train_step``. Waits for nothing, but with fp16, whose scale must know.
-        """
-        assert isinstance(self.optimizer, Adam)
-        lr_after_skip = self.lr_at(self.num_updates - 1, self.epoch) if self._unread else None
-        self.optimizer.set_next(self.lr, lr_after_skip)
-        run()
-        self._read_outcome()  # of the update before
-        self._unread = _on_its_way_to_host(self.outcome)
-        self.num_updates += 1
-        if self._check_every_update and self._read_outcome(micro_batches):
-            return False
-        if self.scaler is not None:
-            self.scaler.update(overflow=False)
-        return True
-
     def _gradients(self) -> list[Tensor]:
         return [local(p.grad) for p in self.parameters if p.grad is not None]
-
-    def _apply(self, sums: Tensor, micro_batches: Sequence[Batch | None]) -> bool:
-        """Normalise and clip the gradients and update the parameters; returns as ``train_step``."""
-        factor = self.normalise(sums)
-        self._read_outcome()
-        look = self._check_every_update or self.nonfinite_in_a_row > 0
-        if look and self.outcome[0]:
-            self._skip(self.outcome.tolist(), micro_batches)
-            return False
-        torch._foreach_mul_(self._gradients(), factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
-        if look:
-            self.optimizer.step()
-            self.nonfinite_in_a_row = 0
-        else:
-            assert isinstance(self.optimizer, Adam)
-            self.optimizer.step_unless(self.outcome[0])
-            self._unread = _on_its_way_to_host(self.outcome)
-        if self.scaler is not None:
-            self.scaler.update(overflow=False)
-        self.num_updates += 1
-        return True
 
     def _read_outcome(self, micro_batches: Sequence[Batch | None] = ()) -> bool:
         """Correct the counts if the device has skipped the last update; returns whether it has.
@@ -363,6 +333,30 @@ class Trainer:
         self.seed(index)
         return batch_losses(self.model, self.criterion, batch, self.args, self.world.device)[0]
 
+    def step_on_device(self, run: Callable[[], None], micro_batches: Sequence[Batch | None]) -> bool:
+        """One update by ``run``, which seeds, sends what differs, and repeats recorded work that ends with
+        `update_parameters`; returns as ``train_step``. Waits for nothing, but with fp16, whose scale must know.
+        """
+        assert isinstance(self.optimizer, Adam)
+        lr_after_skip = self.lr_at(self.num_updates - 1, self.epoch) if self._unread else None
+        self.optimizer.set_next(self.lr, lr_after_skip)
+        run()
+        self._read_outcome()  # of the update before
+        self._unread = on_its_way_to_host(self.outcome)
+        self.num_updates += 1
+        if self._check_every_update and self._read_outcome(micro_batches):
+            return False
+        if self.scaler is not None:
+            self.scaler.update(overflow=False)
+        return True
+
+    def update_parameters(self, sums: Tensor) -> None:
+        """End an update on the device, which skips it if need be; part of `step_on_device`. sums: as in `normalise`."""
+        assert isinstance(self.optimizer, Adam)
+        skipped_before = self.outcome[0] != 0
+        torch._foreach_mul_(self._gradients(), self.normalise(sums))
+        self.optimizer.captured_step(self.outcome[0] != 0, skipped_before)
+
     def take_stats(self) -> dict[str, float]:
         """Sums over the updates since the last call and over all processes, by the names in STATS; losses in nats."""
         self._read_outcome()
@@ -398,60 +392,3 @@ class Trainer:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     yield f"the optimiser's {key} of {name}", value
-
-
-def batch_losses(
-    model: nn.Module,
-    criterion: Any,
-    batch: Batch,
-    args: Namespace,
-    device: torch.device,
-    grad_scale: Tensor | float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """(loss, nll) of a batch in the precision that ``args`` ask for, summed over target tokens, in nats.
-
-    grad_scale: what the loss will be multiplied by before its backward pass.
-    """
-    batch = to_device(batch, device)
-    with autocast(device, args.fp16, args.bf16):
-        if hasattr(criterion, "from_features"):
-            head = partial(criterion.from_features, target=batch["target"], grad_scale=grad_scale)
-            losses, _ = model(**batch["net_input"], head=head)
-            return losses
-        logits, _ = model(**batch["net_input"])
-    return criterion(logits, batch["target"])
-
-
-def batch_sums(batch: Batch, loss: Tensor, nll: Tensor) -> Tensor:
-    """A batch's statistics in the order of SUMS, float64."""
-    # filled on the device: copying a tensor there would wait for all work queued so far
-    counts = [torch.zeros_like(loss, dtype=torch.float64) + batch[key] for key in ("ntokens", "nsentences")]
-    return torch.stack([loss.double(), nll.double(), *counts])
-
-
-def _on_its_way_to_host(tensor: Tensor) -> Callable[[], list[float]]:
-    """Start to copy a vector to the host; returns what waits for it."""
-    if tensor.device.type != "cuda":
-        values = tensor.tolist()
-        return lambda: values
-    copy, arrived = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
-    arrived.record()
-
-    def wait() -> list[float]:
-        arrived.synchronize()
-        return copy.tolist()
-
-    return wait
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on ``device``; copies from pinned memory do not wait."""
-    if device.type == "cpu":
-        return batch
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True)
-        return {key: move(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-    return move(batch)

@@ -25,8 +25,8 @@ from fairseq.options import GenerationConfig
 from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.distributed import World
 from fairseq.training.logging import Averages, TrainLog
+from fairseq.training.losses import SUMS, batch_losses, batch_sums
 from fairseq.training.precision import autocast
-from fairseq.training.trainer import SUMS, batch_losses, batch_sums
 from fairseq.utils.flags import parse_value
 
 SMALLER_BATCHES = "lower --max-tokens-valid"
