@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fairseq.admin.omega import OmegaProfile
 from fairseq.admin.residual import ADMIN, CLOSED_FORM, PROFILING
-from fairseq.data.dictionary import SPECIAL_SYMBOLS, Dictionary
+from fairseq.data.dictionary import Dictionary
 from fairseq.errors import MORE_MEMORY, FairseqError, out_of_memory_ends
 from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import from_fairseq
@@ -24,6 +24,7 @@ from fairseq.models.transformer import Transformer
 from fairseq.utils import safe_pickle
 from fairseq.utils.flags import from_namespace
 from fairseq.utils.io import atomic_write
+from fairseq.utils.symbols import SPECIAL_SYMBOLS
 
 SIZE_RATIO = 4  # decoders may have wider attention to the encoder, and narrower
 MOST_POSITIONS = 2**20

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fairseq.checkpoint import check_dictionaries
-from fairseq.data.dictionary import EOS, Dictionary
+from fairseq.data.dictionary import Dictionary
 from fairseq.data.encoders import TextPipeline, make_text_pipeline
 from fairseq.data.translation import infer_languages, load_dictionaries
 from fairseq.errors import FairseqError
@@ -24,6 +24,7 @@ from fairseq.generation.output import TextFormat, in_base_2, load_alignment_dict
 from fairseq.generation.translate import encode_source, languages_of, load_ensemble, longest_source, translate_sentences
 from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
+from fairseq.utils.symbols import EOS, SPECIAL_SYMBOLS
 
 _SEARCH_SETTINGS = {field.name for field in fields(GenerationConfig)}
 _alignment_dictionary = functools.lru_cache(maxsize=4)(load_alignment_dictionary)
@@ -215,7 +216,7 @@ class TransformerModel:
             read = line[: len(translation.src_tokens) - 1]
             hypotheses = [self._as_text(hypothesis, read, text, cfg) for hypothesis in translation.hypotheses]
             unknown_words = [word for word in dict.fromkeys(read) if word not in self.src_dict]
-            results.append(TextTranslation([*read, EOS], unknown_words, hypotheses))
+            results.append(TextTranslation([*read, SPECIAL_SYMBOLS[EOS]], unknown_words, hypotheses))
         return results[0] if isinstance(sentences, str) else results
 
     def _as_text(

@@ -37,12 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fairseq.cli import command
 from fairseq.models.config import TransformerConfig
-from fairseq.models.transformer import PADDING_IDX, Transformer
+from fairseq.models.transformer import Transformer
 from fairseq.options import parse_train_args, section
 from fairseq.registry import CRITERIONS
 from fairseq.training.activations import checkpoint_layers
 from fairseq.training.losses import batch_losses
 from fairseq.training.trainer import component
+from fairseq.utils.symbols import PAD
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -91,11 +92,11 @@ def build(args: Namespace) -> Transformer:
 
 def forward_backward(model: Transformer, args: Namespace) -> None:
     """Gradients of one batch without padding."""
-    tokens = torch.full((args.max_tokens // args.length, args.length), PADDING_IDX + 3)
+    tokens = torch.full((args.max_tokens // args.length, args.length), PAD + 3)
     inputs = {"src_tokens": tokens, "src_lengths": None, "prev_output_tokens": tokens}
     counts = {"id": tokens[:, 0], "nsentences": len(tokens), "ntokens": tokens.numel()}
     batch: Any = {"net_input": inputs, "target": tokens, **counts}
-    criterion = component(CRITERIONS, args.criterion, args, PADDING_IDX)
+    criterion = component(CRITERIONS, args.criterion, args, PAD)
     loss, _ = batch_losses(model, criterion, batch, args, CPU)
     loss.backward()
 

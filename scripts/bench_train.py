@@ -37,7 +37,6 @@ from fairseq.data.shapes import plan_shapes
 from fairseq.data.translation import Batch, BatchShape, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
-from fairseq.models.transformer import PADDING_IDX
 from fairseq.modules.positional_embedding import PositionalEmbedding
 from fairseq.options import DataConfig, parse_train_args, section
 from fairseq.training.distributed import World
@@ -49,6 +48,7 @@ from fairseq.training.transfer import to_device
 from fairseq.utils.devices import choose_device
 from fairseq.utils.io import atomic_write
 from fairseq.utils.memory import keep_freed_memory, peak_memory
+from fairseq.utils.symbols import PAD
 
 LABEL_SMOOTHING = 0.1
 COLUMNS = (
@@ -175,7 +175,7 @@ def _row(
     sides = [
         side for batch in batches for side in (batch["net_input"]["src_tokens"], batch["target"]) if side is not None
     ]
-    real = sum(int(side.ne(PADDING_IDX).sum()) for side in sides)
+    real = sum(int(side.ne(PAD).sum()) for side in sides)
     peak = device_peak_flops(device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -244,9 +244,9 @@ class _PlainTransformer(nn.Module):
     def __init__(self, cfg: TransformerConfig, vocab: int) -> None:
         super().__init__()
         dim = cfg.encoder_embed_dim
-        self.embedding = nn.Embedding(vocab, dim, padding_idx=PADDING_IDX)
+        self.embedding = nn.Embedding(vocab, dim, padding_idx=PAD)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
-        self.positions = PositionalEmbedding(1024, dim, PADDING_IDX, learned=False)
+        self.positions = PositionalEmbedding(1024, dim, PAD, learned=False)
         self.dropout = nn.Dropout(cfg.dropout)
         self.scale = math.sqrt(dim)
         self.transformer = nn.Transformer(
@@ -269,7 +269,7 @@ class _PlainTransformer(nn.Module):
         return self.dropout(self.scale * self.embedding(tokens) + self.positions(tokens))
 
     def forward(self, src_tokens: Tensor, src_lengths: Tensor, prev_output_tokens: Tensor) -> Tensor:
-        padding = src_tokens.eq(PADDING_IDX)
+        padding = src_tokens.eq(PAD)
         length = prev_output_tokens.size(1)
         causal = torch.ones(length, length, dtype=torch.bool, device=padding.device).triu(1)
         x = self.transformer(
@@ -278,7 +278,7 @@ class _PlainTransformer(nn.Module):
             tgt_mask=causal,
             src_key_padding_mask=padding,
             memory_key_padding_mask=padding,
-            tgt_key_padding_mask=prev_output_tokens.eq(PADDING_IDX),
+            tgt_key_padding_mask=prev_output_tokens.eq(PAD),
         )
         return F.linear(x, self.embedding.weight)
 
@@ -298,7 +298,7 @@ def _plain_loop(args: Namespace, data: TranslationData, device: torch.device) ->
         loss = F.cross_entropy(
             logits.float().flatten(0, 1),
             batch["target"].flatten(),
-            ignore_index=PADDING_IDX,
+            ignore_index=PAD,
             label_smoothing=LABEL_SMOOTHING,
         )
         scaler.scale(loss).backward()

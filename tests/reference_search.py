@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fairseq.generation.constraints import EOS, NEVER, PAD, constrain, output_lengths
+from fairseq.generation.constraints import NEVER, constrain, output_lengths
 from fairseq.generation.history import Hypothesis
 from fairseq.generation.sampling import sample, sentence_noise
 from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
+from fairseq.utils.symbols import EOS, PAD
 
 
 class _Decoder:
@@ -71,7 +72,7 @@ def reference_search(
     seed: int = 1,
     need_attn: bool = False,
 ) -> list[list[Hypothesis]]:
-    """As ``fairseq.generation.beam_search.beam_search``."""
+    """As ``fairseq.generation.search.beam_search``."""
     beam, device = cfg.beam, src_tokens.device
     count, real = src_tokens.size(0), src_tokens.ne(PAD)
     limit = min(model.cfg.max_target_positions for model in models) - 1

@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-import fairseq.generation.beam_search as search
 from fairseq import admin
 from fairseq.checkpoint import load_model
 from fairseq.data.indexed_dataset import IndexedDataset
 from fairseq.errors import FairseqError
-from fairseq.generation.beam_search import Sources, beam_search, best_candidates, log2_sum_exp2, search_batches
+from fairseq.generation import beam_search as one_batch
+from fairseq.generation import search
+from fairseq.generation.beam_search import SearchBatch, Sources
+from fairseq.generation.candidates import best_candidates, log2_sum_exp2
 from fairseq.generation.history import Hypothesis
 from fairseq.generation.sampling import sample, sentence_noise, truncate
 from fairseq.generation.score_reference import score_reference
+from fairseq.generation.search import beam_search, search_batches
 from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
 from tests.reference_search import reference_search
@@ -426,8 +429,8 @@ def test_agrees_with_prefixes_and_ensembles(layers, init_type):
 @pytest.mark.parametrize("chunk", [1, 200, 2**23])
 def test_neither_pieces_nor_rare_checks_change_the_result(monkeypatch, check_every, chunk):
     """A GPU looks for finished sentences every few steps only; logits are computed for some sentences at a time."""
-    monkeypatch.setattr(search, "CHUNK", chunk)
-    monkeypatch.setattr(search, "check_interval", lambda device: check_every)
+    monkeypatch.setattr(one_batch, "CHUNK", chunk)
+    monkeypatch.setattr(one_batch, "check_interval", lambda device: check_every)
     rows = sources(6, lengths=(5, 3, 7, 1, 4, 2, 2, 6))
     for cfg in (BASE, replace(BASE, max_len_a=1.5, max_len_b=2), replace(BASE, sampling=True, beam=3)):
         compare([toy_model()], rows, cfg, need_attn=True)
@@ -470,13 +473,13 @@ def test_attention_in_several_batches():
 def test_waiting_sentences_take_no_more_room_than_a_batch(monkeypatch, share, together):
     monkeypatch.setattr(search, "WAITING_SHARE", share)
     counts: list[int] = []
-    candidates = search._Batch.candidates
+    candidates = SearchBatch.candidates
 
-    def count(self: search._Batch, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def count(self: SearchBatch, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         counts.append(len(self.sentences))
         return candidates(self, step)
 
-    monkeypatch.setattr(search._Batch, "candidates", count)
+    monkeypatch.setattr(SearchBatch, "candidates", count)
     rows = sources(9, lengths=(4,) * 24)
     batches = [Sources(batch_of(rows[i : i + together])) for i in range(0, len(rows), together)]
     assert sum(map(len, search_batches([toy_model()], batches, BASE))) == len(rows)

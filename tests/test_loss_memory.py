@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fairseq.criterions import cross_entropy
 from fairseq.criterions.cross_entropy import SmoothedCrossEntropy
 from fairseq.models.config import TransformerConfig
-from fairseq.models.transformer import PADDING_IDX, Transformer
+from fairseq.models.transformer import Transformer
+from fairseq.utils.symbols import PAD
 from tests.training_runs import load_script
 
 SENTENCES, LENGTH, VOCAB = 512, 32, 32_000  # 16,384 tokens
@@ -30,11 +31,11 @@ def peak_gb(step: Callable[[Transformer, Tensor], Tensor]) -> float:
 
 def plain(model: Transformer, tokens: Tensor) -> Tensor:
     logits = model(tokens, None, tokens)[0].float().flatten(0, 1)
-    return F.cross_entropy(logits, tokens.flatten(), ignore_index=PADDING_IDX, label_smoothing=0.1, reduction="sum")
+    return F.cross_entropy(logits, tokens.flatten(), ignore_index=PAD, label_smoothing=0.1, reduction="sum")
 
 
 def ours(model: Transformer, tokens: Tensor) -> Tensor:
-    criterion = SmoothedCrossEntropy(0.1, PADDING_IDX)
+    criterion = SmoothedCrossEntropy(0.1, PAD)
     losses, _ = model(tokens, None, tokens, head=lambda *head: criterion.from_features(*head, tokens))
     return losses[0]
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
-from fairseq.models.transformer import PADDING_IDX, Transformer
+from fairseq.models.transformer import Transformer
 from fairseq.modules.attention import MultiheadAttention
 from fairseq.modules.positional_embedding import make_positions, sinusoidal_table
+from fairseq.utils.symbols import PAD
 
 
 def tiny(**settings) -> Transformer:
@@ -26,10 +27,10 @@ def tiny(**settings) -> Transformer:
 def some_batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     src = torch.randint(4, 20, (3, 7), generator=generator)
-    src[1, :3] = PADDING_IDX
+    src[1, :3] = PAD
     prev = torch.randint(4, 20, (3, 5), generator=generator)
     prev[:, 0] = 2
-    return src, src.ne(PADDING_IDX).sum(1), prev
+    return src, src.ne(PAD).sum(1), prev
 
 
 def reference_attention(attention: MultiheadAttention, query: Tensor, memory: Tensor, allowed: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def test_initialisation_follows_fairseq():
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert parameter.abs().max() == 0, name
-    assert model.encoder.embed_tokens.weight[PADDING_IDX].abs().max() == 0
+    assert model.encoder.embed_tokens.weight[PAD].abs().max() == 0
     assert abs(model.encoder.embed_tokens.weight.std().item() * 8 - 1) < 0.02
     assert abs(model.decoder.output_projection.weight.std().item() * 8 - 1) < 0.02
 

@@ -12,7 +12,6 @@ from fairseq.checkpoint import updates_of
 from fairseq.cli import command
 from fairseq.errors import FairseqError
 from fairseq.generation.translate import DEFAULT_MAX_TOKENS, longest_source, longest_target, open_models_and_data
-from fairseq.models.transformer import PADDING_IDX
 from fairseq.options import VALIDATE_SECTIONS, parse_args
 from fairseq.registry import CRITERIONS
 from fairseq.training.distributed import World
@@ -21,6 +20,7 @@ from fairseq.training.trainer import component
 from fairseq.training.validation import Validator
 from fairseq.utils.devices import choose_device
 from fairseq.utils.progress import batch_progress
+from fairseq.utils.symbols import PAD
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def _main(argv: list[str] | None = None) -> None:
     args.max_source_positions = longest_source(models, args.max_source_positions)
     args.max_target_positions = longest_target(models, args.max_target_positions)
     name = trained.get("criterion", "cross_entropy")
-    criterion = component(CRITERIONS, name, Namespace(**trained), PADDING_IDX)
+    criterion = component(CRITERIONS, name, Namespace(**trained), PAD)
     args.sentence_avg = bool(trained.get("sentence_avg", False))
     if args.max_tokens is None and args.batch_size is None:
         args.max_tokens = DEFAULT_MAX_TOKENS

@@ -21,7 +21,8 @@ from fairseq.clinic.stability import LABEL_SMOOTHING, all_outputs, geometric_mea
 from fairseq.clinic.subjects import fresh_model, label_of, variant
 from fairseq.criterions.cross_entropy import smoothed_nll
 from fairseq.models.config import TransformerConfig
-from fairseq.models.transformer import PADDING_IDX, Transformer
+from fairseq.models.transformer import Transformer
+from fairseq.utils.symbols import PAD
 
 # Output change at the start, relative to 6L-6L Post-LN, above which training will probably diverge. See the
 # section "The threshold of check" in docs/clinic.md for the runs behind it.
@@ -149,7 +150,7 @@ def count_memory(
         on_meta = {name: tensor.to("meta") for name, tensor in inputs.items()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             logits, _ = model(**on_meta)
-            loss, _ = smoothed_nll(logits, target.to("meta"), LABEL_SMOOTHING, PADDING_IDX)
+            loss, _ = smoothed_nll(logits, target.to("meta"), LABEL_SMOOTHING, PAD)
     del loss  # the graph, and with it every storage counted above, was alive until here
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(kept.values())
 

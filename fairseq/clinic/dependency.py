@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from fairseq.clinic.subjects import stream_of, sublayers
 from fairseq.errors import FairseqError
-from fairseq.models.transformer import PADDING_IDX, Transformer
+from fairseq.models.transformer import Transformer
+from fairseq.utils.symbols import PAD
 
 Stream = Any  # a tensor, or a tuple of tensors between the sub-layers of a B2T layer
 
@@ -50,7 +51,7 @@ def layer_dependency(model: Transformer, inputs: Mapping[str, Any]) -> dict[str,
     the mean square over real positions of contribution j to x_i, centred and divided by std(x_i) of each position.
     Raises FairseqError for a residual rule that is not affine in stream and branch.
     """
-    src_real, tgt_real = (inputs[name].ne(PADDING_IDX) for name in ("src_tokens", "prev_output_tokens"))
+    src_real, tgt_real = (inputs[name].ne(PAD) for name in ("src_tokens", "prev_output_tokens"))
     encoder, decoder = _Unrolling(model.encoder, src_real), _Unrolling(model.decoder, tgt_real)
     try:
         model.decoder(inputs["prev_output_tokens"], model.encoder(inputs["src_tokens"]))

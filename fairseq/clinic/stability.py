@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from fairseq.criterions.cross_entropy import smoothed_nll
 from fairseq.data.translation import Batch
-from fairseq.models.transformer import PADDING_IDX, Transformer
+from fairseq.models.transformer import Transformer
+from fairseq.utils.symbols import PAD
 
 NOISE = 0.01  # standard deviation of a random perturbation, as a share of the Xavier initialisation's
 STEP = 1e-4  # learning rate of the gradient step (SGD, loss in nats a target token)
@@ -44,14 +45,14 @@ def normalized(x: Tensor, real: Tensor) -> Tensor:
 def encoder_output(model: Transformer, inputs: Mapping[str, Any]) -> Tensor:
     """Normalised encoder output: (positions, dim)."""
     src_tokens = inputs["src_tokens"]
-    return normalized(model.encoder(src_tokens).x, src_tokens.ne(PADDING_IDX))
+    return normalized(model.encoder(src_tokens).x, src_tokens.ne(PAD))
 
 
 def all_outputs(model: Transformer, inputs: Mapping[str, Any]) -> Tensor:
     """Normalised outputs of encoder and decoder, one after the other: (source + target positions, dim)."""
     encoder_out = model.encoder(inputs["src_tokens"])
     features = model.decoder(inputs["prev_output_tokens"], encoder_out)
-    real = [inputs[name].ne(PADDING_IDX) for name in ("src_tokens", "prev_output_tokens")]
+    real = [inputs[name].ne(PAD) for name in ("src_tokens", "prev_output_tokens")]
     return torch.cat([normalized(encoder_out.x, real[0]), normalized(features, real[1])])
 
 
@@ -97,7 +98,7 @@ def mean_loss(model: Transformer, batch: Batch) -> Tensor:
     """The label-smoothed loss of a batch that has a target, in nats a target token: a scalar."""
     logits, _ = model(**batch["net_input"])
     assert batch["target"] is not None
-    loss, _ = smoothed_nll(logits, batch["target"], LABEL_SMOOTHING, PADDING_IDX)
+    loss, _ = smoothed_nll(logits, batch["target"], LABEL_SMOOTHING, PAD)
     return loss / batch["ntokens"]
 
 

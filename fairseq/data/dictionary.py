@@ -14,9 +14,8 @@ import numpy as np
 
 from fairseq.errors import FairseqError
 from fairseq.utils.io import atomic_write, refuse_bom
+from fairseq.utils.symbols import BOS, EOS, PAD, SPECIAL_SYMBOLS, UNK
 
-BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
-SPECIAL_SYMBOLS = (BOS, PAD, EOS, UNK)
 LONGEST_LINE = 2**16  # bytes of a line in a dictionary
 OVERWRITE_FLAG = "#fairseq:overwrite"  # a line with it may repeat an earlier symbol, which it replaces
 
@@ -135,7 +134,7 @@ class Dictionary:
         return len(self.symbols)
 
     def __getitem__(self, index: int) -> str:
-        return self.symbols[index] if 0 <= index < len(self.symbols) else UNK
+        return self.symbols[index] if 0 <= index < len(self.symbols) else SPECIAL_SYMBOLS[UNK]
 
     def __contains__(self, token: object) -> bool:
         return token in self._ids
@@ -155,23 +154,23 @@ class Dictionary:
 
     def bos(self) -> int:
         """The id of ``<s>``."""
-        return 0
+        return BOS
 
     def pad(self) -> int:
         """The id of ``<pad>``."""
-        return 1
+        return PAD
 
     def eos(self) -> int:
         """The id of ``</s>``."""
-        return 2
+        return EOS
 
     def unk(self) -> int:
         """The id of ``<unk>``."""
-        return 3
+        return UNK
 
     def encode_line(self, line: str, append_eos: bool = True) -> np.ndarray:
         """Ids (int64) of the whitespace-separated tokens of ``line``, then ``</s>`` if ``append_eos``."""
-        ids = [self._ids.get(token, 3) for token in line.split()]
+        ids = [self._ids.get(token, UNK) for token in line.split()]
         if append_eos:
             ids.append(self.eos())
         return np.array(ids, dtype=np.int64)
@@ -190,7 +189,8 @@ class Dictionary:
         reference never equals one of a hypothesis. unk_string: write this for unknown words.
         """
         ignored = {self.bos(), self.pad(), self.eos(), *(extra_symbols_to_ignore or ())}
-        unknown = unk_string if unk_string is not None else f"<{UNK}>" if escape_unk else UNK
+        symbol = SPECIAL_SYMBOLS[UNK]
+        unknown = unk_string if unk_string is not None else f"<{symbol}>" if escape_unk else symbol
         values = ids.tolist() if hasattr(ids, "tolist") else ids
         words = (unknown if index == self.unk() else self[index] for index in values if index not in ignored)
         return post_process(" ".join(words), bpe_symbol)

@@ -16,10 +16,11 @@ from fairseq.errors import FairseqError
 from fairseq.export.plain import Exportable, check_unique, describe, open_checkpoint, refuse_flags
 from fairseq.export.self_check import SEARCH, check_scores, count_same_translations
 from fairseq.generation.ctranslate2_backend import CTranslate2Model
-from fairseq.models.transformer import PADDING_IDX, TransformerDecoder, TransformerEncoder
+from fairseq.models.transformer import TransformerDecoder, TransformerEncoder
 from fairseq.options import ExportConfig
 from fairseq.utils.extras import require
 from fairseq.utils.io import new_directory
+from fairseq.utils.symbols import PAD
 
 ACTIVATIONS = {  # --activation-fn -> CTranslate2's name
     "relu": "RELU",
@@ -131,7 +132,7 @@ def _fill_stack(spec: Any, embeddings: Any, stack: TransformerEncoder | Transfor
     if stack.embed_positions is None:
         spec.position_encodings.encodings = np.zeros((max_positions, stack.embed_tokens.embedding_dim), np.float32)
     else:
-        spec.position_encodings.encodings = _array(stack.embed_positions.weight[PADDING_IDX + 1 :])
+        spec.position_encodings.encodings = _array(stack.embed_positions.weight[PAD + 1 :])
     if stack.layernorm_embedding is not None:
         _norm(spec.layernorm_embedding, stack.layernorm_embedding)
     if stack.layer_norm is not None:

@@ -20,13 +20,12 @@ from fairseq.errors import FairseqError
 from fairseq.export.huggingface_tokenizer import Tokenizers
 from fairseq.export.plain import Exportable, check_unique, describe, open_checkpoint
 from fairseq.export.self_check import SEARCH, check_agreement, count_same_translations
-from fairseq.generation.constraints import UNK as UNK_IDX
 from fairseq.generation.translate import pad_rows, without_padding
 from fairseq.models.state_dict import to_fairseq
-from fairseq.models.transformer import PADDING_IDX
 from fairseq.options import ExportConfig, GenerationConfig
 from fairseq.utils.extras import require
 from fairseq.utils.io import new_directory
+from fairseq.utils.symbols import PAD, UNK
 
 ACTIVATIONS = {  # --activation-fn -> transformers' name
     "relu": "relu",
@@ -52,8 +51,8 @@ class _Architecture:
 
 
 ARCHITECTURES = {  # (Pre-LN, LayerNorm after the embeddings)
-    (False, False): _Architecture("MarianMTModel", "MarianConfig", PADDING_IDX + 1, several_embeddings=True),
-    (True, False): _Architecture("PegasusForConditionalGeneration", "PegasusConfig", PADDING_IDX + 1),
+    (False, False): _Architecture("MarianMTModel", "MarianConfig", PAD + 1, several_embeddings=True),
+    (True, False): _Architecture("PegasusForConditionalGeneration", "PegasusConfig", PAD + 1),
     (False, True): _Architecture("BartForConditionalGeneration", "BartConfig", 0),
     (True, True): _Architecture("MBartForConditionalGeneration", "MBartConfig", 0),
 }
@@ -171,7 +170,7 @@ def _write_model(
         early_stopping=True,  # as here, a sentence is done when it has num_beams hypotheses
         max_length=min(search.max_len_b + 2, positions + 1),  # with both </s>, of which the last is not read
         min_new_tokens=search.min_len,
-        bad_words_ids=[[PADDING_IDX]],
+        bad_words_ids=[[PAD]],
     ).save_pretrained(directory)
 
 
@@ -191,7 +190,7 @@ def _parameters(exported: Exportable, architecture: _Architecture, vocabularies:
         parameters["model.decoder.embed_tokens.weight"] = _with_unknown(model.decoder.embed_tokens.weight, written)
         if not cfg.share_decoder_input_output_embed:
             parameters["lm_head.weight"] = _with_unknown(model.decoder.output_projection.weight, written)
-    rows = slice(architecture.first_position, PADDING_IDX + 1 + exported.positions)
+    rows = slice(architecture.first_position, PAD + 1 + exported.positions)
     for name, stack in (("encoder", model.encoder), ("decoder", model.decoder)):
         if stack.embed_positions is None:
             table = torch.zeros(rows.stop - rows.start, stack.embed_tokens.embedding_dim)
@@ -206,7 +205,7 @@ def _parameters(exported: Exportable, architecture: _Architecture, vocabularies:
 
 def _with_unknown(embeddings: Tensor, size: int) -> Tensor:
     """As many rows as ``size``, the last ones that of ``<unk>``."""
-    return torch.cat([embeddings, embeddings[UNK_IDX].expand(size - len(embeddings), -1)])
+    return torch.cat([embeddings, embeddings[UNK].expand(size - len(embeddings), -1)])
 
 
 def _logits_of(model: Any, vocabulary: int) -> Any:
@@ -217,7 +216,7 @@ def _logits_of(model: Any, vocabulary: int) -> Any:
 
     def logits(src_tokens: Tensor, prev_output_tokens: Tensor) -> Tensor:
         input_ids = pad_rows([without_padding(row) for row in src_tokens])
-        mask = input_ids.ne(PADDING_IDX).long()
+        mask = input_ids.ne(PAD).long()
         output = model(input_ids=input_ids, attention_mask=mask, decoder_input_ids=prev_output_tokens)
         return output.logits[:, :, :vocabulary].float()
 
@@ -228,7 +227,7 @@ def _check_translations(exported: Exportable, model: Any) -> str:
     def translate(sentences: Sequence[Tensor]) -> list[Tensor]:
         input_ids = pad_rows(sentences)
         longest = min(SEARCH.max_len_b + 2, exported.positions + 1)
-        mask = input_ids.ne(PADDING_IDX).long()
+        mask = input_ids.ne(PAD).long()
         outputs = model.generate(input_ids, attention_mask=mask, num_beams=SEARCH.beam, max_length=longest)
         return [without_padding(row[1:]) for row in outputs]
 

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-from fairseq.data.dictionary import BOS, EOS, PAD, SPECIAL_SYMBOLS, UNK, Dictionary
+from fairseq.data.dictionary import Dictionary
 from fairseq.data.encoders import SUBWORD_NMT_SEPARATOR, TextPipeline, load_subword_nmt, make_text_pipeline
 from fairseq.errors import FairseqError
 from fairseq.export.plain import Exportable
 from fairseq.generation.translate import encode_source
 from fairseq.options import ExportConfig
+from fairseq.utils.symbols import SPECIAL_SYMBOLS
 
+BOS, PAD, EOS, UNK = SPECIAL_SYMBOLS
 END_OF_WORD = "</w>"  # in merges, of a word's last piece; the dictionary marks the others
 OUTPUTS, OUTPUT_LENGTH = 100, 20  # random ones that the check decodes
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fairseq.errors import FairseqError
-from fairseq.generation.constraints import EOS, PAD, UNK
 from fairseq.generation.score_reference import score_reference
 from fairseq.generation.translate import translate_ids, without_padding
 from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
+from fairseq.utils.symbols import EOS, PAD, UNK
 
 ROWS, LONGEST = 8, 24  # of the random batch
 TRANSLATED = 16  # sentences

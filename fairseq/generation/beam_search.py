@@ -3,39 +3,40 @@
 A step scores every continuation of every hypothesis, takes a sentence's best 2 * beam, finishes those among the best
 beam that end in ``</s>``, and goes on with the best beam of the rest. A sentence is done, and leaves the batch, with
 beam finished hypotheses or at its longest output. Rows are sentences x beam, a sentence's hypotheses adjacent, and
-sentences alone in the first step; a row that stands for nothing (samples that have ended) has the score -inf. The few
-sentences of a batch that go on for long wait, and are then gone on with together.
+sentences alone in the first step; a row that stands for nothing (samples that have ended) has the score -inf.
 
-What makes it fast: see docs/performance.md. Inside, scores are float32 logarithms to base 2, whatever the model
-computes in: exp2 costs half of exp on a CPU. Hypotheses are not kept; each step's choices are, and at the end the
-outputs are read from them backwards.
+What makes it fast: see docs/performance.md. Hypotheses are not kept; each step's choices are, and at the end the
+outputs are read from them backwards. ``search`` goes through batches.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fairseq.errors import FairseqError
-from fairseq.generation.constraints import EOS, NEVER, PAD, check_generation_config, constrain, output_lengths
+from fairseq.generation.candidates import (
+    LOG2_E,
+    average_probabilities,
+    best_candidates,
+    choose,
+    log2_sum_exp2,
+    sampled_candidates,
+)
+from fairseq.generation.constraints import constrain, output_lengths
 from fairseq.generation.history import History, Hypothesis, Past
-from fairseq.generation.sampling import sample, sentence_noise
+from fairseq.generation.sampling import sentence_noise
 from fairseq.models.transformer import Transformer
 from fairseq.modules.decoder_cache import DecoderCache
 from fairseq.options import GenerationConfig
+from fairseq.utils.symbols import EOS, PAD
 
-GROUP_SIZE = 16
 CHUNK = 2**23  # logits at a time on a CPU: a wide beam takes no more memory
 CHUNK_GPU = 2**28
 CHECK_EVERY = 4  # steps, on a GPU: that often the host waits for it, to drop the sentences that are done
-WAITING_SHARE = 4  # the last quarter of a batch's sentences wait
-LOG2_E = math.log2(math.e)
 
 
 class _Ensemble:
@@ -85,64 +86,6 @@ def check_interval(device: torch.device) -> int:
     return 1 if device.type == "cpu" else CHECK_EVERY
 
 
-def average_probabilities(lprobs: Sequence[Tensor]) -> Tensor:
-    """The logarithm of the models' mean probability, from their log-probabilities, all of one shape."""
-    if len(lprobs) == 1:
-        return lprobs[0]
-    return torch.logsumexp(torch.stack(list(lprobs)), dim=0) - math.log(len(lprobs))
-
-
-def log2_sum_exp2(x: Tensor) -> Tensor:
-    """The logarithm of the sum of 2**x over the last dimension, all to base 2: (rows, n) -> (rows, 1)."""
-    if x.device.type == "cpu":
-        # Without the passes that guard against overflow, which trained models are far from; here it can be looked at.
-        sums = torch.cat([part.exp2().sum(1, keepdim=True) for part in x.split(64)])
-        if sums.numel() == 0 or (sums.max() < 2.0**120 and sums.min() > 2.0**-60):
-            return sums.log2_()
-    largest = x.amax(1, keepdim=True)
-    return (x - largest).exp2_().sum(1, keepdim=True).log2_() + largest
-
-
-def best_candidates(lprobs: Tensor, offsets: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best ``count`` continuations of each sentence, best first.
-
-    lprobs: (sentences, beam, vocab), to which offsets, (sentences, beam), are added; scores: (sentences, beam), summed
-    so far. Returns scores, tokens and the beams they continue, each (sentences, count); where there are not as many,
-    the last have the score -inf.
-    """
-    _, beam, vocab = lprobs.shape
-    found = min(count, beam * vocab)
-    # The best k are in the k groups with the largest maxima, and maxima are found much faster than the best k.
-    size = math.gcd(vocab, GROUP_SIZE) if vocab > GROUP_SIZE else 1
-    groups = vocab // size  # token t is in group t % groups
-    maxima = lprobs.unflatten(2, (size, groups)).amax(2).add_((scores + offsets)[:, :, None])
-    best = maxima.flatten(1).topk(min(found, beam * groups), dim=1).indices
-    first = best // groups * vocab + best % groups
-    index = (first[:, :, None] + torch.arange(0, vocab, groups, device=first.device)).flatten(1)
-    beams = index // vocab
-    totals = lprobs.flatten(1).gather(1, index) + offsets.gather(1, beams) + scores.gather(1, beams)
-    totals, chosen = totals.topk(found, dim=1)
-    index = index.gather(1, chosen)
-    if found < count:
-        missing = index.new_zeros(index.size(0), count - found)
-        index = torch.cat([index, missing], dim=1)
-        totals = torch.cat([totals, torch.full_like(missing, NEVER, dtype=totals.dtype)], dim=1)
-    return totals, index % vocab, index // vocab
-
-
-def sampled_candidates(
-    lprobs: Tensor, offsets: Tensor, scores: Tensor, noise: Tensor, cfg: GenerationConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``best_candidates``, but one random continuation of each beam: (sentences, beam). noise: same shape.
-
-    lprobs, offsets and scores may be of one beam only: it is that of all.
-    """
-    beams = torch.arange(lprobs.size(1), device=lprobs.device).expand_as(noise)
-    lprobs = (lprobs + offsets[:, :, None]).expand(-1, noise.size(1), -1)
-    tokens = sample(lprobs / LOG2_E, noise, cfg.sampling_topk, cfg.sampling_topp)
-    return scores + lprobs.gather(2, tokens[:, :, None]).squeeze(2), tokens, beams
-
-
 @dataclass
 class Sources:
     """A batch to translate.
@@ -157,7 +100,7 @@ class Sources:
     prefix_tokens: Tensor | None = None
 
 
-class _Batch:
+class SearchBatch:
     """The sentences still being translated. ``sentences``: their numbers. ``step``: of the sentence that has most."""
 
     def __init__(
@@ -195,7 +138,7 @@ class _Batch:
         self.src_len = src_tokens.size(1)
 
     @staticmethod
-    def merge(batches: Sequence[_Batch]) -> _Batch:
+    def merge(batches: Sequence[SearchBatch]) -> SearchBatch:
         """Of all their sentences, which go on where they were; steps are counted as by the one that has most."""
         merged = copy.copy(batches[0])
         merged.step = max(batch.step for batch in batches)
@@ -228,7 +171,7 @@ class _Batch:
             if self.step % every == 0:
                 check()
             scores, tokens, rows, attn = self.candidates(self.step)
-            choice = _choose(scores, tokens, rows, self.counts, self.cfg.beam)
+            choice = choose(scores, tokens, rows, self.counts, self.cfg.beam)
             self.history.end(self.sentences, choice.ends, scores[:, : self.cfg.beam], rows[:, : self.cfg.beam], attn)
             keep = None
             if self.step % every == every - 1:
@@ -319,139 +262,3 @@ def _fill_holes(done: list[bool]) -> list[int] | None:
         return None
     last = [i for i in going_on if i >= len(going_on)]
     return [last.pop() if done[i] else i for i in range(len(going_on))]
-
-
-@dataclass
-class _Choice:
-    """What a step ends and what it goes on with, each (sentences, beam). ends: bool."""
-
-    ends: Tensor
-    scores: Tensor
-    tokens: Tensor
-    rows: Tensor
-
-
-def _choose(scores: Tensor, tokens: Tensor, rows: Tensor, counts: Tensor, beam: int) -> _Choice:
-    """Split the candidates, each (sentences, at least beam): those among the first ``beam`` that end, as long as there
-    are not ``beam`` of the sentence, and the first ``beam`` of the rest. counts: (sentences,), ended so far; updated.
-    """
-    real = scores.isfinite()
-    ends = tokens.eq(EOS) & real
-    # the best beam that do not end, in order; where there are fewer, others fill up as rows that stand for nothing
-    others = ends.byte().argsort(dim=1, stable=True)[:, :beam]
-    other_scores = scores.masked_fill(ends | ~real, NEVER).gather(1, others)
-    ends = ends[:, :beam]
-    ends &= ends.cumsum(1) + counts[:, None] <= beam
-    counts += ends.sum(1)
-    return _Choice(ends, other_scores, tokens.gather(1, others), rows.gather(1, others))
-
-
-class _Search:
-    """Batches one after the other. When few sentences of one are left, they wait for those of the next ones; together
-    they take about the room of the largest batch so far at most.
-    """
-
-    def __init__(
-        self,
-        models: Sequence[Transformer],
-        cfg: GenerationConfig,
-        seed: int,
-        need_attn: bool,
-        check: Callable[[], None] | None,
-    ) -> None:
-        check_generation_config(cfg, models[0].decoder.output_projection.out_features)
-        self.models, self.cfg, self.seed, self.need_attn = models, cfg, seed, need_attn
-        self.check = check or (lambda: None)
-        self.unfinished: deque[tuple[range, Sources]] = deque()
-        self.results: dict[int, list[Hypothesis]] = {}  # of the unfinished batches' sentences
-        self.waiting: list[_Batch] = []
-        self.count = 0  # sentences so far
-        self.most_sentences = self.most_tokens = 0  # in a batch
-
-    @torch.inference_mode()
-    def add(self, sources: Sources) -> None:
-        """Translate another batch, except what waits."""
-        size = sources.src_tokens.size(0)
-        numbers = range(self.count, self.count + size)
-        self.count += size
-        self.results.update((i, []) for i in numbers)
-        self.unfinished.append((numbers, sources))
-        self.most_sentences = max(self.most_sentences, size)
-        self.most_tokens = max(self.most_tokens, sources.src_tokens.numel())
-        batch = _Batch(self.models, sources, self.cfg, list(numbers), self.seed, self.need_attn)
-        self._run(batch, size // WAITING_SHARE)
-        waiting = sum(len(batch.sentences) for batch in self.waiting)
-        src_len = max((batch.src_len for batch in self.waiting), default=1)
-        room = min(self.most_sentences, self.most_tokens // max(src_len, 1))
-        if waiting > room - room // WAITING_SHARE:
-            self.resume(waiting // WAITING_SHARE)
-
-    @torch.inference_mode()
-    def resume(self, until: int = 0) -> None:
-        """Go on with those that wait, until at most so many are left."""
-        if self.waiting:
-            batch = _Batch.merge(self.waiting) if len(self.waiting) > 1 else self.waiting[0]
-            self.waiting = []
-            self._run(batch, until)
-
-    def _run(self, batch: _Batch, until: int) -> None:
-        for sentence, hypothesis in batch.run(until, self.check):
-            self.results[sentence].append(hypothesis)
-        if batch.sentences:
-            self.waiting.append(_Batch.merge([batch]))  # a copy of what is needed of it
-
-    def finished(self) -> Iterator[list[list[Hypothesis]]]:
-        """Of each batch that is finished after all before it, once."""
-        going_on = [number for batch in self.waiting for number in batch.sentences]
-        while self.unfinished and not any(number in self.unfinished[0][0] for number in going_on):
-            numbers, sources = self.unfinished.popleft()
-            found = [sorted(self.results.pop(i), key=lambda h: h.score, reverse=True) for i in numbers]
-            if [] in found:
-                number = found.index([])
-                raise FairseqError(
-                    f"sentence {number if sources.ids is None else sources.ids[number]} has no translation: the "
-                    "model's output is not finite (in fp16, try bf16 or float32), or the constraints leave no token"
-                )
-            yield found
-
-
-def search_batches(
-    models: Sequence[Transformer],
-    batches: Iterable[Sources],
-    cfg: GenerationConfig,
-    *,
-    seed: int = 1,
-    need_attn: bool = False,
-    check: Callable[[], None] | None = None,
-) -> Iterator[list[list[Hypothesis]]]:
-    """What ``beam_search`` finds in each batch, in order, but faster: several are read before the first is yielded.
-
-    check: called every few steps; what it raises ends the search.
-    """
-    search = _Search(models, cfg, seed, need_attn, check)
-    for sources in batches:
-        search.add(sources)
-        yield from search.finished()
-    search.resume()
-    yield from search.finished()
-
-
-def beam_search(
-    models: Sequence[Transformer],
-    src_tokens: Tensor,
-    cfg: GenerationConfig,
-    *,
-    ids: Sequence[int] | None = None,
-    prefix_tokens: Tensor | None = None,
-    seed: int = 1,
-    need_attn: bool = False,
-) -> list[list[Hypothesis]]:
-    """Translate a batch; of each sentence its finished hypotheses, best first, at most ``cfg.beam``.
-
-    models: one, or an ensemble with the same dictionaries; in eval mode. src_tokens, ids, prefix_tokens: as
-    ``Sources``'; seed: of ``--sampling``. Raises FairseqError for settings out of range, and when a sentence has no
-    hypothesis since the models' output is not finite or the rules leave no token.
-    """
-    sources = Sources(src_tokens, ids, prefix_tokens)
-    [found] = search_batches(models, [sources], cfg, seed=seed, need_attn=need_attn)
-    return found

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fairseq.errors import FairseqError
 from fairseq.options import GenerationConfig
+from fairseq.utils.symbols import EOS, PAD, UNK
 
-PAD, EOS, UNK = 1, 2, 3  # the ids of every dictionary
 NEVER = float("-inf")
 
 

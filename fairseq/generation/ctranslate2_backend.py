@@ -22,7 +22,7 @@ from torch import Tensor
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
-from fairseq.generation.constraints import EOS, PAD, check_generation_config
+from fairseq.generation.constraints import check_generation_config
 from fairseq.generation.ctranslate2_file import check_model_file
 from fairseq.generation.history import Hypothesis
 from fairseq.generation.translate import (
@@ -36,6 +36,7 @@ from fairseq.generation.translate import (
 from fairseq.models.transformer import Transformer
 from fairseq.options import DataConfig, GenerationConfig, ReferenceConfig, section
 from fairseq.utils.extras import require
+from fairseq.utils.symbols import EOS, PAD
 
 _MISSING = ("max_len_a", "unkpen", "match_source_len", "sampling", "temperature")  # from CTranslate2's beam search
 _SIDES = ("source", "target")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.generation.constraints import EOS
 from fairseq.options import GenerationConfig
+from fairseq.utils.symbols import EOS
 
 
 @dataclass

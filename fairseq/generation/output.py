@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fairseq.data.dictionary import Dictionary, post_process
 from fairseq.errors import FairseqError
-from fairseq.generation.constraints import EOS, UNK
 from fairseq.generation.history import Hypothesis
+from fairseq.utils.symbols import EOS, UNK
 
 
 def hard_alignment(hypothesis: Hypothesis) -> list[tuple[int, int]]:

@@ -9,12 +9,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fairseq.generation.beam_search import average_probabilities
-from fairseq.generation.constraints import EOS, PAD
+from fairseq.generation.candidates import average_probabilities
 from fairseq.generation.history import Hypothesis
 from fairseq.models.transformer import Transformer
 from fairseq.modules.attention import MultiheadAttention
 from fairseq.modules.transformer_layer import TransformerDecoderLayer
+from fairseq.utils.symbols import EOS, PAD
 
 
 @torch.inference_mode()

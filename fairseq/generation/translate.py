@@ -18,14 +18,15 @@ from fairseq.data.dictionary import Dictionary
 from fairseq.data.reading import batches_fit
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError, out_of_memory_ends
-from fairseq.generation.beam_search import Sources, search_batches
-from fairseq.generation.constraints import EOS, PAD
+from fairseq.generation.beam_search import Sources
 from fairseq.generation.history import Hypothesis
 from fairseq.generation.score_reference import score_reference
+from fairseq.generation.search import search_batches
 from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import Transformer
 from fairseq.options import DataConfig, GenerationConfig, ReferenceConfig, section
 from fairseq.utils.devices import choose_dtype
+from fairseq.utils.symbols import EOS, PAD
 
 NO_REFERENCES = ReferenceConfig()
 SMALLER_BATCHES = "lower --max-tokens, --batch-size or --beam"

@@ -22,8 +22,7 @@ from fairseq.modules.feed_forward import FeedForward
 from fairseq.modules.positional_embedding import PositionalEmbedding
 from fairseq.modules.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 from fairseq.registry import RESIDUAL_RULES
-
-PADDING_IDX = 1
+from fairseq.utils.symbols import PAD
 
 
 class EncoderOut(NamedTuple):
@@ -35,9 +34,9 @@ class EncoderOut(NamedTuple):
 
 def build_embedding(num_embeddings: int, embed_dim: int) -> nn.Embedding:
     """Token embeddings N(0, 1/dim), padding row 0."""
-    embedding = nn.Embedding(num_embeddings, embed_dim, padding_idx=PADDING_IDX)
+    embedding = nn.Embedding(num_embeddings, embed_dim, padding_idx=PAD)
     nn.init.normal_(embedding.weight, mean=0, std=embed_dim**-0.5)
-    nn.init.zeros_(embedding.weight[PADDING_IDX])
+    nn.init.zeros_(embedding.weight[PAD])
     return embedding
 
 
@@ -84,9 +83,7 @@ class _Stack(nn.Module):
         self.embed_tokens = embed_tokens
         self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(dim)
         self.embed_positions = (
-            None
-            if cfg.no_token_positional_embeddings
-            else PositionalEmbedding(max_positions, dim, PADDING_IDX, learned)
+            None if cfg.no_token_positional_embeddings else PositionalEmbedding(max_positions, dim, PAD, learned)
         )
         self.layernorm_embedding = nn.LayerNorm(dim) if cfg.layernorm_embedding else None
         self.embed_dropout = Dropout(cfg.dropout)
@@ -126,7 +123,7 @@ class TransformerEncoder(_Stack):
 
     def forward(self, src_tokens: Tensor) -> EncoderOut:
         """src_tokens: (batch, src_len)."""
-        keep = src_tokens.ne(PADDING_IDX)
+        keep = src_tokens.ne(PAD)
         x = self.embed(src_tokens, self._positions(src_tokens)) * keep[:, :, None]
         mask = keep[:, None, None, :]
         for layer in self.layers:
@@ -166,7 +163,7 @@ class TransformerDecoder(_Stack):
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         # Real positions never see the padding to their right; it is masked for the padding's own sake, whose outputs
         # count in the variances that Admin measures.
-        mask = causal & prev_output_tokens.ne(PADDING_IDX)[:, None, None, :]
+        mask = causal & prev_output_tokens.ne(PAD)[:, None, None, :]
         for layer in self.layers:
             x = layer(x, mask, encoder_out.x, encoder_out.mask)
         return x if self.layer_norm is None else self.layer_norm(x)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fairseq.data.translation import Batch
-from fairseq.models.transformer import PADDING_IDX
+from fairseq.utils.symbols import PAD
 
 
 def smallest_batch(batch: Batch) -> Batch:
@@ -15,7 +15,7 @@ def smallest_batch(batch: Batch) -> Batch:
     assert target is not None
 
     def first_token(tokens: Tensor) -> Tensor:
-        return tokens[0][tokens[0] != PADDING_IDX][None, :1]
+        return tokens[0][tokens[0] != PAD][None, :1]
 
     return {
         "id": batch["id"][:1],

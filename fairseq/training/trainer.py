@@ -26,7 +26,7 @@ from fairseq import criterions, optim  # noqa: F401  (they register themselves)
 from fairseq.data.reading import describe_batch
 from fairseq.data.translation import Batch
 from fairseq.errors import FairseqError, is_out_of_memory, out_of_memory_ends
-from fairseq.models.transformer import PADDING_IDX, Transformer
+from fairseq.models.transformer import Transformer
 from fairseq.optim.optimizers import Adam
 from fairseq.options import MemoryConfig, OptimizationConfig, TrainLogConfig, section
 from fairseq.registry import CRITERIONS, LR_SCHEDULERS, OPTIMIZERS
@@ -42,6 +42,7 @@ from fairseq.training.sharding import gather, local, scatter_optimizer_state
 from fairseq.training.transfer import on_its_way_to_host
 from fairseq.utils.flags import from_namespace
 from fairseq.utils.sharded import is_sharded
+from fairseq.utils.symbols import PAD
 
 logger = logging.getLogger("fairseq.train")
 
@@ -72,7 +73,7 @@ class Trainer:
             self._wrapped = world.average_gradients(self.model, args.ddp_backend, args.bucket_cap_mb)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._sharded = any(map(is_sharded, self.parameters))
-        self.criterion = component(CRITERIONS, args.criterion, args, PADDING_IDX)
+        self.criterion = component(CRITERIONS, args.criterion, args, PAD)
         optimizer_config = OPTIMIZERS.config(args.optimizer)
         self.optimizer: torch.optim.Optimizer = OPTIMIZERS.get(args.optimizer)(
             self.parameters, from_namespace(optimizer_config, args) if optimizer_config else None, self.cfg.lr[0]
