@@ -95,5 +95,6 @@ def test_a_run_can_be_continued(fuzz, tmp_path, monkeypatch):
         assert fuzz.run("broken", cases, seed=1, engine="hypothesis", keep=tmp_path, first=first) == 0
         return list(seen)
 
-    assert cases(20, 0) + cases(20, 20) == cases(40, 0)
-    assert len(set(cases(40, 0))) > 20
+    one, two = cases(20, 0), cases(20, 20)
+    assert one + two == cases(40, 0)
+    assert len(set(two) - set(one)) > 5  # how many differ depends on Hypothesis's version
