@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TextIO
@@ -16,12 +17,22 @@ EXIT_INTERRUPTED = 130  # Ctrl-C, as a shell reports it
 
 Main = Callable[["list[str] | None"], None]
 
+# A command's modules are next, for seconds. Ctrl-C ends it at once and without a word till then: as an exception it
+# would be a traceback, or get lost in torch. Only where a command starts: "-m" is there while Python looks for what to
+# run, and the processes of training, which multiprocessing starts, import all this too.
+_PROGRAM = os.path.basename(sys.argv[0]) if sys.argv else ""
+_STARTING = (_PROGRAM == "-m" or _PROGRAM.startswith("fairseq-")) and "multiprocessing.spawn" not in sys.modules
+if _STARTING and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 
 def command(main: Main, logs: TextIO | None = None) -> Main:
     """Turn the errors a user can cause into one line on standard error and an exit status, without a traceback.
 
     logs: stream of the log lines; standard error if None.
     """
+    if _STARTING and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:
