@@ -121,6 +121,20 @@ def test_large_logits_and_unlikely_targets() -> None:
     torch.testing.assert_close(logits.grad, torch.tensor([[[1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]]))
 
 
+def test_more_tokens_than_words_and_more_words_than_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token counts, in slices of one at least; features without a gradient give the same losses."""
+    generator = torch.Generator().manual_seed(7)
+    features, weight = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((9, 4, 3), (5, 3)))
+    target = torch.randint(2, 5, (9, 4), generator=generator)
+    expected = _reference(features @ weight.T, target, 0.1)
+    for elements in (4, 5, 19, 10**6):
+        monkeypatch.setattr(module, "SLICE_ELEMENTS", elements)
+        for learn in (True, False):
+            found = smoothed_nll_of_features(features.requires_grad_(learn), weight, target, 0.1, PAD)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+            assert found[0].requires_grad == learn
+
+
 def test_registered_criterions() -> None:
     logits, target = _batch(torch.float32)
     plain = CRITERIONS.get("cross_entropy")(None, PAD)(logits, target)

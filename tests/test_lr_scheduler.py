@@ -47,6 +47,8 @@ def test_linear_goes_straight_to_the_end_and_never_below() -> None:
     assert lr_at(10, 1) == pytest.approx(5e-4)
     assert lr_at(60, 1) == pytest.approx((5e-4 + 1e-9) / 2)
     assert lr_at(110, 1) == lr_at(10**6, 1) == pytest.approx(1e-9)
+    shortest = _schedule("linear", LinearConfig(total_num_update=1, end_learning_rate=0.25), [1.0])
+    assert [shortest(n, 1) for n in range(3)] == [1.0, 0.25, 0.25]
     to_zero = _schedule("linear", LinearConfig(total_num_update=100), [1.0], 50)
     assert [to_zero(n, 1) for n in (0, 25, 100, 200)] == pytest.approx([1.0, 0.75, 0.0, 0.0])
 
@@ -111,11 +113,24 @@ def test_cosine_spans_the_training_by_default() -> None:
     assert 0 < lr_at(1099, 1) < 1e-8
 
 
+def test_cosine_at_its_edges() -> None:
+    every_update = _schedule("cosine", CosineConfig(lr_period_updates=1, lr_shrink=0.5), [8.0], 100)
+    assert [every_update(n, 1) for n in range(4)] == [8.0, 4.0, 2.0, 1.0]
+    from_zero = _schedule("cosine", CosineConfig(warmup_updates=4, warmup_init_lr=0.0, stop_min_lr=0.5), [1.0], 8)
+    assert [from_zero(n, 1) for n in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    by_default = _schedule("cosine", CosineConfig(warmup_updates=4, stop_min_lr=0.5), [1.0], 8)
+    assert [by_default(n, 1) for n in (0, 2, 4, 6)] == pytest.approx([0.5, 0.75, 1.0, 0.75])
+    whole = _schedule("cosine", CosineConfig(lr_period_updates=0), [1.0], 1)
+    assert whole(0, 1) == 1.0
+
+
 def test_fixed_by_epoch() -> None:
     lr_at = _schedule("fixed", FixedConfig(), [0.4, 0.2])
     assert [lr_at(1000, epoch) for epoch in (1, 2, 3, 9)] == [0.4, 0.2, 0.2, 0.2]
     annealed = _schedule("fixed", FixedConfig(force_anneal=3, lr_shrink=0.5), [0.4, 0.2])
     assert [annealed(1000, epoch) for epoch in (1, 2, 3, 4)] == pytest.approx([0.4, 0.2, 0.1, 0.05])
+    late = _schedule("fixed", FixedConfig(force_anneal=4, lr_shrink=0.1), [7.0, 5.0, 3.0])
+    assert [late(1000, epoch) for epoch in (1, 2, 3, 4, 5)] == pytest.approx([7.0, 5.0, 3.0, 0.3, 0.03])
     warm = _schedule("fixed", FixedConfig(warmup_updates=4), [1.0])
     assert [warm(n, 1) for n in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
@@ -130,6 +145,9 @@ def test_fixed_by_epoch() -> None:
         ("linear", LinearConfig(end_learning_rate=-1.0), [0.1], 100, "must not be negative"),
         ("cosine", CosineConfig(), [0.1], 0, "--lr-period-updates"),
         ("cosine", CosineConfig(stop_min_lr=0.2), [0.1], 10, "above --stop-min-lr"),
+        ("cosine", CosineConfig(stop_min_lr=0.1), [0.1], 10, "above --stop-min-lr"),
+        ("cosine", CosineConfig(warmup_updates=10), [0.1], 10, "--max-update above --warmup-updates"),
+        ("linear", LinearConfig(total_num_update=0), [0.1], 10, "--total-num-update or --max-update"),
         ("cosine", CosineConfig(t_mult=0.5), [0.1], 10, "--t-mult"),
     ],
 )

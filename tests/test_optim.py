@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fairseq.errors import FairseqError
-from fairseq.optim.optimizers import AdafactorConfig, AdamConfig, SGDConfig, rectification
+from fairseq.optim.optimizers import AdafactorConfig, Adam, AdamConfig, SGDConfig, rectification
 from fairseq.registry import OPTIMIZERS
 
 BETAS = (0.9, 0.98)
@@ -134,6 +134,42 @@ def test_state_dict_continues_bit_for_bit(name: str, config: Any, tmp_path: Path
     assert torch.equal(_run(optimizer, resumed, grads[7:], lrs[7:])[-1], expected[-1])
 
 
+@pytest.mark.parametrize("name", ["adam", "radam"])
+def test_captured_steps_are_steps(name: str) -> None:
+    """Skipped ones change nothing, and the one after takes its rate and its number, though both were counted before."""
+    config, skipped = AdamConfig(adam_betas=BETAS, weight_decay=0.1), {1, 2, 6, 9}
+    grads, one, other = _gradients(12), *(torch.nn.Parameter(torch.ones(5, 7, dtype=torch.float64)) for _ in range(2))
+    eager, captured = (OPTIMIZERS.get(name)([p], config, 0.0) for p in (one, other))
+    assert isinstance(captured, Adam)
+    captured.complete_state()
+    done, counted, skipped_before = 0, 0, None
+    for number, grad in enumerate(grads):
+        skip = number in skipped
+        if not skip:
+            _run(eager, one, [grad], [1e-2 * (done + 1)])
+            done += 1
+        captured.set_next(1e-2 * (counted + 1), None if skipped_before is None else 1e-2 * counted)
+        other.grad = grad.clone()
+        captured.captured_step(torch.tensor(skip), torch.tensor(skipped_before or False))
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-6)  # the step size is in float32
+        if skipped_before:  # the host learns of it now
+            captured.forget_step()
+            counted -= 1
+        counted, skipped_before = counted + 1, skip
+    assert counted == done == captured._updates == eager._updates == 8
+    assert captured.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_a_state_of_no_updates_can_be_loaded() -> None:
+    """That of a training whose updates have all been skipped."""
+    first, second = (OPTIMIZERS.get("adam")([torch.nn.Parameter(torch.ones(3))], AdamConfig(), 0.1) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict() == first.state_dict()
+    param = second.param_groups[0]["params"][0]
+    _run(second, param, [torch.ones(3)], [0.1])
+    assert second.state_dict()["state"][0]["step"] == 1
+
+
 def test_settings_stay_what_they_were_given() -> None:
     param = torch.nn.Parameter(torch.ones(5, 7))
     optimizer = OPTIMIZERS.get("radam")([param], AdamConfig(adam_eps=1e-7, weight_decay=0.3), 0.0)
@@ -155,18 +191,19 @@ def test_sgd_formula() -> None:
 
 
 def test_adafactor_formula_of_a_vector() -> None:
-    config = AdafactorConfig(clip_threshold=1.0, decay_rate=-0.8)
+    config = AdafactorConfig(clip_threshold=1.0, decay_rate=-0.7, weight_decay=0.1, adafactor_eps=(2.0, 1e-3))
     start = torch.tensor([3.0, -4.0], dtype=torch.float64)
     grads = [torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([-2.0, 5.0], dtype=torch.float64)]
     param = torch.nn.Parameter(start.clone())
     values = _run(OPTIMIZERS.get("adafactor")([param], config, 0.0), param, grads, [1e-2] * 2)
     p, v = start, torch.zeros(2, dtype=torch.float64)
     for t, (grad, value) in enumerate(zip(grads, values, strict=True), start=1):
-        decay = 1 - t**-0.8
+        decay = 1 - t**-0.7
         v = decay * v + (1 - decay) * grad**2
-        update = grad / v.sqrt()
+        update = grad / v.clamp(min=2.0).sqrt()
         update = update / max(1.0, update.square().mean().sqrt().item())
-        p = p - 1e-2 * p.square().mean().sqrt() * update
+        step = 1e-2 * p.square().mean().sqrt()
+        p = p * (1 - 1e-2 * 0.1) - step * update
         torch.testing.assert_close(value, p)
 
 
