@@ -19,6 +19,7 @@ from fairseq.models.transformer import Transformer
 from tests.training_runs import (
     EPOCH,
     ROOT,
+    SGD,
     assert_fails,
     assert_same,
     command_line,
@@ -155,6 +156,25 @@ def test_restore_and_reset_flags(toy_databin, tmp_path):
     assert best <= state["extra_state"]["best"] + 6e-4
 
 
+@pytest.mark.parametrize("reset", [(), ("--reset-meters",)], ids=["changed", "reset"])
+def test_the_best_of_another_metric_does_not_count(toy_databin, tmp_path, caplog, reset):
+    flags = (*SGD, "--lr", 0)  # no validation is better than the first
+    train(toy_databin, tmp_path, *flags, "--max-epoch", 2)
+    assert last(tmp_path)["extra_state"]["bad_validations"] == 1
+    flags = (*flags, "--best-checkpoint-metric", "ppl", "--patience", 1, "--max-epoch", 9, *reset)
+    epochs = [line for line in train(toy_databin, tmp_path, *flags) if "valid_ppl" in line]
+    assert [line["epoch"] for line in epochs] == [3, 4]  # perplexities are larger than losses
+    assert epochs[0]["valid_best_ppl"] == pytest.approx(epochs[0]["valid_ppl"], abs=6e-3)
+    assert last(tmp_path)["extra_state"]["best"] == pytest.approx(epochs[0]["valid_ppl"], abs=6e-3)
+    assert load(tmp_path / BEST)["extra_state"]["best"] == last(tmp_path)["extra_state"]["best"]
+    said = [
+        message
+        for message in caplog.messages
+        if re.match(r"best loss so far, 5\.\d+, left aside: from now on ppl counts", message)
+    ]
+    assert len(said) == (not reset)
+
+
 def test_finetuning_takes_the_parameters_alone(toy_databin, tmp_path):
     train(toy_databin, tmp_path / "first", "--max-epoch", 1)
     source = tmp_path / "first" / LAST
@@ -208,6 +228,7 @@ def test_checkpoint_that_does_not_fit(toy_databin, tmp_path, capsys):
         {"extra_state": {"train_iterator": {"epoch": "x"}}},
         {"extra_state": {"train_iterator": 3}},
         {"extra_state": [1]},
+        {"extra_state": {"best": "x"}},
         {"optimizer_history": 7},
         {"optimizer_history": [{"optimizer_name": "adam"}]},
         {"last_optimizer_state": {"state": {}}},

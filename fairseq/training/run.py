@@ -108,16 +108,27 @@ class TrainingRun:
                 if extra.get("unfinished") is not None:
                     self.unfinished = int(extra["unfinished"]["epoch"]), bool(extra["unfinished"]["end_of_epoch"])
             if not args.reset_meters:
-                self.checkpoints.best = extra.get("best")
-                self.previous_time = float(extra.get("previous_training_time", 0.0))
-                self.train_wall = float(extra.get("train_wall", 0.0))
-                self.bad_validations = int(extra.get("bad_validations", 0))
+                self._resume_meters(state["args"], extra)
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise FairseqError(
                 f"checkpoint {path}: what it holds besides parameters does not fit ({type(error).__name__}: {error}); "
-                "continue with --reset-optimizer, or take the parameters alone with --finetune-from-model"
+                "leave that part out with --reset-optimizer, --reset-dataloader or --reset-meters, or take parameters "
+                "alone with --finetune-from-model"
             ) from error
         logger.info(f"resumed from {path} (epoch {self.itr.epoch} @ {trainer.num_updates} updates)")
+
+    def _resume_meters(self, before: dict[str, Any], extra: dict[str, Any]) -> None:
+        """Take over the clock and, where it is of the metric asked for, the best validation. before: settings."""
+        self.previous_time = float(extra.get("previous_training_time", 0.0))
+        self.train_wall = float(extra.get("train_wall", 0.0))
+        best = None if extra.get("best") is None else float(extra["best"])
+        metric = before.get("best_checkpoint_metric") or "loss"  # all that old fairseq has
+        if metric == self.args.best_checkpoint_metric:
+            self.checkpoints.best = best
+            self.bad_validations = int(extra.get("bad_validations", 0))
+        elif best is not None:
+            new = self.args.best_checkpoint_metric
+            logger.info(f"best {metric} so far, {best:g}, left aside: from now on {new} counts")
 
     def _resume_optimizer(self, state: dict[str, Any], path: Path | None) -> None:
         """Take over the optimiser's state and the count of updates."""
