@@ -66,6 +66,7 @@ def test_better_and_best(tmp_path, maximize, values, better, best):
         ({"no_epoch_checkpoints": True}, {LAST}),
         ({"no_last_checkpoints": True}, {"checkpoint3.pt"}),
         ({"save_interval_updates": 5}, {"checkpoint3.pt", LAST}),
+        ({"save_interval_updates": 5, "no_epoch_checkpoints": True}, {LAST}),
         ({"no_save": True}, set()),
     ],
     ids=str,
@@ -104,8 +105,10 @@ def test_the_best_are_kept(tmp_path, sign):
     flags = {"best_checkpoint_metric": "bleu", "maximize_best_checkpoint_metric": sign < 0}
     manager = make(tmp_path, keep_best_checkpoints=2, no_last_checkpoints=True, **flags)
     kept = []
-    values = (5.0, 7.0, 6.0, 6.00004, 6.00006, 5.5, math.nan, 5.0)
-    for number, value in enumerate(values):
+    save(manager, 1, 0, math.nan, every=False)
+    save(manager, 1, 0)  # without a validation
+    assert names(manager) == set()
+    for number, value in enumerate((5.0, 7.0, 6.0, 6.00004, 6.00006, 5.5, math.nan, 5.0)):
         save(manager, 1, number, sign * value, every=False)
         kept.append(sorted(sign * float(name[21:-3]) for name in names(manager) - {BEST}))
     assert kept == [[5], [5, 7], [5, 6], [5, 6], [5, 6], [5, 5.5], [5, 5.5], [5, 5.5]]
@@ -117,12 +120,14 @@ def test_the_best_are_kept(tmp_path, sign):
     assert torch.load(tmp_path / BEST)["updates"] == 7
 
 
-def test_as_good_as_the_worst_kept_to_four_digits_takes_its_place(tmp_path):
-    manager = make(tmp_path, keep_best_checkpoints=1)
-    save(manager, 1, 1, 6.0)
-    assert "checkpoint.best_loss_6.0000.pt" in save(manager, 1, 2, 6.00004)
-    assert "checkpoint.best_loss_6.0001.pt" not in save(manager, 1, 3, 6.00006)
-    assert names(manager) == {"checkpoint.best_loss_6.0000.pt", BEST, LAST}
+@pytest.mark.parametrize(("maximize", "as_good", "worse"), [(False, 6.00004, 6.00006), (True, 5.99996, 5.99994)])
+def test_as_good_as_the_worst_kept_to_four_digits_takes_its_place(tmp_path, maximize, as_good, worse):
+    manager = make(tmp_path, keep_best_checkpoints=1, maximize_best_checkpoint_metric=maximize)
+    kept = "checkpoint.best_loss_6.0000.pt"
+    assert save(manager, 1, 1, 6.0) == {kept, BEST, LAST}
+    assert save(manager, 1, 2, as_good) == {kept, LAST}
+    assert save(manager, 1, 3, worse) == {LAST}
+    assert names(manager) == {kept, BEST, LAST}
 
 
 @pytest.mark.parametrize(
@@ -186,27 +191,46 @@ def test_a_signal_saves_the_last_alone(tmp_path):
 
 def test_a_directory_is_made_for_what_is_saved(tmp_path):
     make(tmp_path / "a" / "b")
-    make(tmp_path / "c", no_save=True)
+    make(tmp_path / "c", no_save=True, keep_best_checkpoints=1).save(dict, 1, True, 7, 1.0, True)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a" / "b").is_dir()
 
 
-def test_training_goes_on_beside_the_writing(tmp_path, monkeypatch):
-    """The state may change when `save` returns; the next call waits, as what is kept depends on the files there."""
-    manager = make(tmp_path, keep_best_checkpoints=1, no_last_checkpoints=True)
-    may_write, original = threading.Event(), checkpoint_manager.save_checkpoint
+@pytest.fixture
+def may_write(monkeypatch) -> threading.Event:
+    """Files are not written before it is set."""
+    event, original = threading.Event(), checkpoint_manager.save_checkpoint
 
     def slow(state: dict[str, Any], path: Path) -> None:
-        assert may_write.wait(30)
+        assert event.wait(30)
         original(state, path)
 
     monkeypatch.setattr(checkpoint_manager, "save_checkpoint", slow)
+    return event
+
+
+def test_training_goes_on_beside_the_writing(tmp_path, may_write):
+    """The state may change when `save` returns; the next call waits, as what is kept depends on the files there."""
+    manager = make(tmp_path, keep_best_checkpoints=1, no_last_checkpoints=True)
     weight = torch.ones(3)
     assert manager.note(2.0)
-    manager.save(lambda: {"w": weight}, 1, False, 1, 2.0, True)
+    manager.save(lambda: {"w": weight}, 1, False, 1, 2.0, True, every=False)
     weight.zero_()
     assert names(manager) == set()
     threading.Timer(0.05, may_write.set).start()
-    manager.save(lambda: {"w": weight}, 1, False, 2, 3.0, False)
-    assert names(manager) == {BEST, "checkpoint.best_loss_2.0000.pt"}  # 3 is not among the one best
+    manager.save(lambda: pytest.fail("3 is not among the one best"), 1, False, 2, 3.0, False, every=False)
+    assert names(manager) == {BEST, "checkpoint.best_loss_2.0000.pt"}
     assert torch.load(tmp_path / BEST)["w"].tolist() == [1, 1, 1]
+
+
+def test_there_is_one_copy_of_the_state_at_a_time(tmp_path, may_write):
+    manager = make(tmp_path)
+
+    def state() -> dict[str, Any]:
+        assert names(manager) == {LAST}
+        return {"updates": 2}
+
+    manager.save(lambda: {"updates": 1}, 1, False, 1, None, False)
+    threading.Timer(0.05, may_write.set).start()
+    assert manager.save_last(state, 1, 2)
+    assert torch.load(tmp_path / LAST)["updates"] == 2
