@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from fairseq.checkpoint import build_from_checkpoint, load_checkpoint, load_model, load_parameters
+from fairseq.checkpoint import build_from_checkpoint, load_checkpoint, load_model, load_parameters, model_config
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import from_fairseq, to_fairseq
@@ -359,6 +359,51 @@ def test_continuing_an_original(shared, tmp_path, capsys):
     assert sorted(updates(lines)) == [1, 2]
     assert last(tmp_path)["extra_state"]["train_iterator"]["epoch"] == 1
     assert last(tmp_path)["extra_state"]["best"] == pytest.approx(13.93661248071683)
+
+
+def test_settings_in_groups(tmp_path):
+    """Those of fairseq 0.10 and later: the model's win, and the name of a component is its group's."""
+    cfg = {
+        "common": {"seed": 3, "encoder_layers": 8},
+        "task": argparse.Namespace(_name="translation", source_lang="de", encoder_layers=9),
+        "criterion": {"_name": "cross_entropy"},
+        "model": argparse.Namespace(_name="transformer", encoder_layers=2),
+        "bmuf": None,
+        "optimizer": {"_name": None, "seed": 4},
+    }
+    expected = {"task": "translation", "source_lang": "de", "criterion": "cross_entropy", "model": "transformer"}
+    torch.save({"cfg": cfg, "model": {}}, tmp_path / "model.pt")
+    assert load_checkpoint(tmp_path / "model.pt")["args"] == expected | {"encoder_layers": 2, "seed": 4}
+    torch.save({"cfg": cfg | {"model": None}, "args": None, "model": {}}, tmp_path / "model.pt")
+    args = load_checkpoint(tmp_path / "model.pt")["args"]
+    assert (args["encoder_layers"], "model" in args) == (9, False)
+
+
+@pytest.mark.parametrize(
+    ("said", "with_omega", "without"),
+    [
+        ("default", "adaptive", "default"),
+        ("adaptive", "adaptive", "default"),
+        ("adaptive-profiling", "adaptive", "default"),
+        ("adaptive-closed-form", "adaptive-closed-form", "default"),
+        ("looklinear", "looklinear", "looklinear"),
+    ],
+)
+def test_parameters_decide_whether_a_model_is_admin(said, with_omega, without):
+    """What the settings say may be of the run that profiled, or of the original code, which has no init types."""
+    names = ("encoder.layers.0.fc1.weight", "encoder.layers.0.attn_residual.omega")
+    plain, admin = ({name: torch.ones(2) for name in names[:count]} for count in (1, 2))
+    assert model_config({"init_type": said}, plain).init_type == without
+    assert model_config({"init_type": said}, admin).init_type == with_omega
+
+
+@pytest.mark.parametrize(
+    "content", [[], {"args": {}}, {"model": [1]}, {"model": {"w": 1}}, {"model": {3: torch.ones(1)}}]
+)
+def test_what_is_no_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(FairseqError, match=r"model\.pt: (not a fairseq checkpoint|'model' holds something)"):
+        load_checkpoint(tmp_path / "model.pt")
 
 
 def test_foreign_objects_are_no_obstacle(tmp_path):
