@@ -128,6 +128,10 @@ def test_as_good_as_the_worst_kept_to_four_digits_takes_its_place(tmp_path, maxi
     assert save(manager, 1, 2, as_good) == {kept, LAST}
     assert save(manager, 1, 3, worse) == {LAST}
     assert names(manager) == {kept, BEST, LAST}
+    better = 7.0 if maximize else 5.0
+    assert save(manager, 1, 4, better) == names(manager) == {f"checkpoint.best_loss_{better:.4f}.pt", BEST, LAST}
+    save(make(tmp_path, keep_best_checkpoints=0), 1, 5, better)  # those of a run before stay
+    assert names(manager) == {f"checkpoint.best_loss_{better:.4f}.pt", BEST, LAST}
 
 
 @pytest.mark.parametrize(

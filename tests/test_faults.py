@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,11 @@ from fairseq.data.indexed_dataset import UNFINISHED
 from fairseq.data.translation import load_dictionaries
 from fairseq.errors import FairseqError
 from fairseq.training.async_save import BackgroundWriter, to_host
+from fairseq.training.trainer import Trainer
+from fairseq.training.validation import Validator
 from fairseq.utils.io import atomic_write
 from tests.training_runs import (
+    EPOCH,
     ROOT,
     assert_fails,
     assert_same,
@@ -255,6 +259,50 @@ def test_signal_saves_and_the_rest_is_exact(toy_databin, tmp_path, signum):
     whole, run = logged(tmp_path / "whole"), logged(tmp_path / "run")
     assert updates(whole) == updates(run)
     assert [x["valid_loss"] for x in whole if "valid_loss" in x] == [x["valid_loss"] for x in run if "valid_loss" in x]
+
+
+def test_what_is_due_when_a_signal_comes_is_done_by_the_run_that_continues(toy_databin, tmp_path, monkeypatch):
+    """Signals with nothing due, with a save due, at the ends of the epochs and of the training, and in validations."""
+    flags = ("--max-epoch", 2, "--save-interval-updates", 5, "--keep-best-checkpoints", 2, "--patience", 50)
+    whole = train(toy_databin, tmp_path / "whole", *flags)
+    after_update, in_validation = [3, 5, EPOCH, 2 * EPOCH], [EPOCH, 10, 2 * EPOCH]
+    step, validate = Trainer.train_step, Validator.validate
+
+    def stop_if_in(places: list[int], updates: int) -> None:
+        if updates in places:
+            places.remove(updates)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stopped_step(trainer: Trainer, *rest: Any) -> bool:
+        updated = step(trainer, *rest)
+        stop_if_in(after_update, trainer.num_updates)
+        return updated
+
+    def stopped_validation(validator: Validator, epoch: int, updates: int, *rest: Any) -> float:
+        stop_if_in(in_validation, updates)
+        return validate(validator, epoch, updates, *rest)
+
+    monkeypatch.setattr(Trainer, "train_step", stopped_step)
+    monkeypatch.setattr(Validator, "validate", stopped_validation)
+    while after_update or in_validation:
+        left = len(after_update + in_validation)
+        with pytest.raises(SystemExit) as exit_info:
+            train(toy_databin, tmp_path / "run", *flags)
+        assert exit_info.value.code == 128 + signal.SIGTERM
+        assert len(after_update + in_validation) == left - 1
+    train(toy_databin, tmp_path / "run", *flags)
+    run = logged(tmp_path / "run")
+    assert updates(run) == updates(whole)
+    for name in ("train_num_updates", "train_loss", "valid_num_updates", "valid_loss", "valid_best_loss"):
+        assert [line[name] for line in run if name in line] == [line[name] for line in whole if name in line], name
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+    for name in files(tmp_path / "whole"):
+        one, other = load(tmp_path / "whole" / name), load(tmp_path / "run" / name)
+        for key in ("model", "optimizer_history"):
+            assert_same(one[key], other[key])
+        assert_same(one["last_optimizer_state"]["state"], other["last_optimizer_state"]["state"])
+        for key in ("train_iterator", "val_loss", "best", "bad_validations", "unfinished"):
+            assert one["extra_state"][key] == other["extra_state"][key], (name, key)
 
 
 @pytest.mark.slow
