@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fairseq.training import distributed
 from fairseq.training.heartbeat import LOST_STATUS
 from tests.training_runs import (
     EPOCH,
@@ -244,3 +245,26 @@ def test_nothing_listens_beyond_this_machine(toy_databin, tmp_path):
         process.communicate()
     assert len(found) >= 2  # the rendezvous, and the processes' own
     assert {address for address, _ in found} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("known_after", [0, 2, 99])
+def test_a_meeting_place_whose_name_is_not_known(monkeypatch, caplog, known_after):
+    """It may become known while machines come up; one line says at once what is waited for."""
+    asked: list[str] = []
+
+    def look_up(host: str, port: None) -> list[object]:
+        asked.append(host)
+        if len(asked) <= known_after:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return []
+
+    clock = iter(range(1000))
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(distributed, "NAME_SECONDS", 5)
+    with contextlib.nullcontext() if known_after < 99 else pytest.raises(OSError, match=r"^Name or service not known$"):
+        distributed._wait_for_name("head")
+    assert len(asked) == min(known_after + 1, 5)
+    warnings = ["MASTER_ADDR head: Name or service not known; asking again for 5 seconds"]
+    assert caplog.messages == warnings * (known_after > 0)

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -34,6 +35,8 @@ from fairseq.training.signals import STOP_SIGNALS, STOP_STATUSES, exit_status
 from fairseq.utils.devices import choose_device, choose_dtype
 from fairseq.utils.log_lines import log_to
 
+logger = logging.getLogger("fairseq.train")
+
 # What gloo says when a process has gone; NCCL does not return, its process is ended with the others
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 # A forward pass, which may run out of memory, waits for no other process; buffers are constants. (The name: torch 2.13)
@@ -41,6 +44,7 @@ _DDP_FLAGS = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init_
 _NO_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _DDP_FLAGS else "broadcast_buffers": False
 }
+NAME_SECONDS = 60  # where machines come up together, the first one's name may not be known at once
 _ENVIRONMENT = "env://"  # torchrun, or whoever else has set RANK, says where the processes meet
 T = TypeVar("T")
 
@@ -271,6 +275,8 @@ def _run(
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     heartbeat = None
     try:
+        if address == _ENVIRONMENT and "MASTER_ADDR" in os.environ:
+            _wait_for_name(os.environ["MASTER_ADDR"])
         store = _connect(address)
         if args.heartbeat_timeout > 0 and size > 1:
             heartbeat = Heartbeat(_connect(address), where, rank, size, args.heartbeat_timeout, end)
@@ -293,6 +299,24 @@ def _run(
         _leave(heartbeat)
         raise
     _leave(heartbeat)
+
+
+def _wait_for_name(host: str) -> None:
+    """Return when ``host`` has an address; torch would ask for it for many minutes, with a warning each time. Raises
+    OSError when it has none after NAME_SECONDS.
+    """
+    end, warned = time.monotonic() + NAME_SECONDS, False
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if time.monotonic() >= end:
+                raise OSError(error.strerror) from error
+            if not warned:
+                logger.warning(f"MASTER_ADDR {host}: {error.strerror}; asking again for {NAME_SECONDS} seconds")
+                warned = True
+        time.sleep(1)
 
 
 def _connect(address: str) -> dist.Store:
