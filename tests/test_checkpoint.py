@@ -16,6 +16,7 @@ from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import from_fairseq, to_fairseq
 from fairseq.models.transformer import Transformer
+from fairseq.training.fairseq_optimizer import from_fairseqs
 from tests.training_runs import (
     EPOCH,
     ROOT,
@@ -350,12 +351,20 @@ def test_finetuning_the_originals(shared, tmp_path, name):
     assert_same(ours, {key: t.float() for key, t in from_fairseq(original["model"]).items()})
 
 
-def test_continuing_an_original(shared, tmp_path, capsys):
+def test_continuing_an_original(shared, tmp_path):
+    """With its optimiser's state, and without; more of that in test_fairseq_runs.py."""
     path, databin = shared / "reference" / "fairseq08_admin_1x1_full.pt", shared / "reference" / "multi30k-databin"
-    flags = [*reference_flags(load_checkpoint(path)["args"]), "--disable-validation", "--max-update", "2"]
-    argv = command_line(databin, tmp_path, "--restore-file", path, *flags)
-    assert_fails(capsys, 1, "FairseqAdam", *argv)
-    lines = train(databin, tmp_path, "--restore-file", path, "--reset-optimizer", *flags)
+    state = load_checkpoint(path)
+    flags = [*reference_flags(state["args"]), "--disable-validation"]
+    lines = train(databin, tmp_path / "on", "--restore-file", path, "--max-update", 21, *flags)
+    assert sorted(updates(lines)) == [21]
+    model, fused = build_from_checkpoint(state, path), state["last_optimizer_state"]["state"][1]
+    moments = from_fairseqs(state["last_optimizer_state"], state["model"], model)
+    by_name = {name: moments[number] for number, (name, _) in enumerate(model.named_parameters())}
+    for key in ("exp_avg", "exp_avg_sq"):
+        parts = [by_name[f"encoder.layers.0.self_attn.{part}_proj.weight"][key] for part in "qkv"]
+        assert torch.equal(torch.cat(parts), fused[key])
+    lines = train(databin, tmp_path, "--restore-file", path, "--reset-optimizer", "--max-update", 2, *flags)
     assert sorted(updates(lines)) == [1, 2]
     assert last(tmp_path)["extra_state"]["train_iterator"]["epoch"] == 1
     assert last(tmp_path)["extra_state"]["best"] == pytest.approx(13.93661248071683)

@@ -70,13 +70,6 @@ def test_polynomial_decay(power: float, warmup: int) -> None:
         assert lr_at(n, 1) == pytest.approx(_fairseq_polynomial(1e-3, 1e-5, power, warmup, 50, n), rel=1e-12)
 
 
-def test_polynomial_decay_by_epoch() -> None:
-    lr_at = _schedule("polynomial_decay", PolynomialDecayConfig(), [4.0, 2.0, 1.0], 100)
-    assert [lr_at(50, epoch) for epoch in (1, 2, 3, 4)] == pytest.approx([2.0, 1.0, 0.5, 0.5])
-    kept = _schedule("polynomial_decay", PolynomialDecayConfig(force_anneal=3), [4.0, 2.0, 1.0], 100)
-    assert [kept(50, epoch) for epoch in (1, 2, 3, 4)] == pytest.approx([2.0, 1.0, 1.0, 1.0])
-
-
 def _fairseq_cosine(
     lr: float, lowest: float, warmup: int, period: int, t_mult: float, shrink: float, num_updates: int
 ) -> float:

@@ -190,21 +190,36 @@ def test_sgd_formula() -> None:
     torch.testing.assert_close(values[1], p - 0.1 * (0.5 * first + grads[1] + 0.1 * p))
 
 
-def test_adafactor_formula_of_a_vector() -> None:
-    config = AdafactorConfig(clip_threshold=1.0, decay_rate=-0.7, weight_decay=0.1, adafactor_eps=(2.0, 1e-3))
+@pytest.mark.parametrize("scaled", [False, True])
+def test_adafactor_formula_of_a_vector(scaled: bool) -> None:
+    config = AdafactorConfig((2.0, 1e-3), decay_rate=-0.7, weight_decay=0.1, beta1=0.5, scale_parameter=scaled)
     start = torch.tensor([3.0, -4.0], dtype=torch.float64)
     grads = [torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([-2.0, 5.0], dtype=torch.float64)]
     param = torch.nn.Parameter(start.clone())
     values = _run(OPTIMIZERS.get("adafactor")([param], config, 0.0), param, grads, [1e-2] * 2)
-    p, v = start, torch.zeros(2, dtype=torch.float64)
+    p, v, m = start, torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for t, (grad, value) in enumerate(zip(grads, values, strict=True), start=1):
         decay = 1 - t**-0.7
-        v = decay * v + (1 - decay) * grad**2
-        update = grad / v.clamp(min=2.0).sqrt()
+        v = decay * v + (1 - decay) * (grad**2 + 2.0)
+        update = grad / v.sqrt()
         update = update / max(1.0, update.square().mean().sqrt().item())
-        step = 1e-2 * p.square().mean().sqrt()
-        p = p * (1 - 1e-2 * 0.1) - step * update
-        torch.testing.assert_close(value, p)
+        size = 1e-2 * p.square().mean().sqrt() if scaled else 1e-2
+        m = (m + size * update) / 2
+        p = p - 0.1 * size * p - m
+        torch.testing.assert_close(value, p, rtol=1e-12, atol=0)
+
+
+def test_adafactor_of_a_matrix_of_rank_one_is_that_of_its_entries() -> None:
+    """Where a squared gradient is a product of a row's and a column's factor, keeping these loses nothing."""
+    row, column = (
+        torch.tensor([[1.0], [-3.0]], dtype=torch.float64),
+        torch.tensor([[2.0, 0.5, -1.0]], dtype=torch.float64),
+    )
+    matrix = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.float64))
+    vector = torch.nn.Parameter(torch.ones(6, dtype=torch.float64))
+    for param, grad in ((matrix, row * column), (vector, (row * column).flatten())):
+        _run(OPTIMIZERS.get("adafactor")([param], AdafactorConfig(), 0.0), param, [grad, 2 * grad], [1e-2] * 2)
+    torch.testing.assert_close(matrix.flatten(), vector, rtol=1e-12, atol=0)
 
 
 def test_adafactor_bears_rows_without_gradient() -> None:

@@ -40,7 +40,7 @@ def export_fairseq(config: ExportConfig) -> list[str]:
     model = build_from_checkpoint(state, checkpoint)
     exported = admin.fold(model) if fold else model
     args = _settings(state["args"], exported.cfg)
-    parameters = to_fairseq(exported.state_dict())
+    parameters = to_fairseq(exported.state_dict(), positions=not exported.cfg.no_token_positional_embeddings)
     written = build_from_checkpoint({"args": args, "model": parameters}, path)
     agreement = check_agreement(model, lambda src, prev: written(src, None, prev)[0])
     new = without_optimizer(state) | {"args": Namespace(**args), "model": parameters}

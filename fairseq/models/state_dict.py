@@ -7,7 +7,7 @@ In our modules a residual rule owns its LayerNorm and omega; in fairseq's checkp
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor
@@ -39,13 +39,18 @@ _OLD_LAYER_NORMS = {  # up to fairseq 0.6
     "encoder": ("self_attn_layer_norm", "final_layer_norm"),
     "decoder": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
 }
+# fairseq 0.12.2 keeps these beside the parameters they repeat, for a fast path, and does not train them
+_FAST_PATH = re.compile(r"^encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
 _LAYER = re.compile(r"^(encoder|decoder)\.layers\.(\d+)\.(.+)$")
 _POSITIONS = re.compile(r"^(encoder|decoder)\.embed_positions\.(_float_tensor|weights)$")
 _VERSION = 3.0  # fairseq takes a stack without a version for one whose final LayerNorm is to be dropped
 
 
-def to_fairseq(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``model.state_dict()`` with the names that fairseq 0.8 to 0.12 and the original Admin code read."""
+def to_fairseq(state: Mapping[str, Tensor], positions: bool = True) -> dict[str, Tensor]:
+    """``model.state_dict()`` with the names that fairseq 0.8 to 0.12 and the original Admin code read.
+
+    positions: whether the model has positional embeddings.
+    """
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name == "decoder.output_projection.weight":
@@ -63,19 +68,19 @@ def to_fairseq(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out[name] = tensor
     for stack in ("encoder", "decoder"):
         out[f"{stack}.version"] = torch.tensor([_VERSION])
-        if f"{stack}.embed_positions.weight" not in out:
+        if positions and f"{stack}.embed_positions.weight" not in out:
             out[f"{stack}.embed_positions._float_tensor"] = torch.zeros(1)
     return out
 
 
 def from_fairseq(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's ``model`` entry with our names; fused ``in_proj_weight`` is split, buffers are left out.
+    """A checkpoint's ``model`` entry with our names; fused ``in_proj_weight`` is split, buffers and copies left out.
 
     Raises FairseqError when a fused parameter is not three in one.
     """
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if name.endswith(".version") or _POSITIONS.match(name):
+        if name.endswith(".version") or _POSITIONS.match(name) or _FAST_PATH.match(name):
             continue
         match = _LAYER.match(name)
         if match is None:
@@ -90,6 +95,17 @@ def from_fairseq(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             out["decoder.output_projection.weight"] = out[source]
     out.pop("decoder.embed_out", None)
     return out
+
+
+def fairseqs_parameters(state: Mapping[str, Tensor], own: Container[str]) -> list[str]:
+    """Of a checkpoint's ``model`` entry, the names of what fairseq's optimiser had, in its order: no buffers, and what
+    is shared once. own: the parameters' names in our model, without those shared with an earlier one.
+    """
+    return [
+        name
+        for name, tensor in state.items()
+        if _FAST_PATH.match(name) or any(ours in own for ours in from_fairseq({name: tensor}))
+    ]
 
 
 def _split_fused(rest: str, tensor: Tensor) -> list[tuple[str, Tensor]]:

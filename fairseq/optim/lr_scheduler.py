@@ -21,7 +21,6 @@ LrAt = Callable[[int, int], float]
 WARMUP_HELP = "updates over which the rate rises linearly to --lr (4000 with inverse_sqrt, else 0)"
 WARMUP_INIT_HELP = "first rate of the warm-up; negative: 0, with cosine its lowest"
 SHRINK_HELP = "factor of the rate, with fixed for each epoch from --force-anneal on, with cosine for each period"
-ANNEAL_HELP = "fixed: shrink the rate from this epoch on; polynomial_decay: keep --lr as before this epoch"
 END_HELP = "rate at --total-num-update and after"
 TOTAL_HELP = "update at which the rate reaches --end-learning-rate (default: --max-update)"
 
@@ -52,7 +51,6 @@ class PolynomialDecayConfig:
     end_learning_rate: float = flag(0.0, END_HELP)
     power: float = flag(1.0, "exponent of the decay")
     total_num_update: int | None = flag(None, TOTAL_HELP)
-    force_anneal: int | None = flag(None, ANNEAL_HELP, "--fa")
 
 
 @dataclass
@@ -73,7 +71,7 @@ class FixedConfig:
 
     warmup_updates: int = flag(0, WARMUP_HELP)
     lr_shrink: float = flag(0.1, SHRINK_HELP)
-    force_anneal: int | None = flag(None, ANNEAL_HELP, "--fa")
+    force_anneal: int | None = flag(None, "shrink the rate from this epoch on", "--fa")
 
 
 def _single(name: str, lrs: list[float]) -> float:
@@ -130,13 +128,11 @@ def linear(config: LinearConfig, lrs: list[float], max_update: int) -> LrAt:
 
 @LR_SCHEDULERS.register("polynomial_decay", config=PolynomialDecayConfig)
 def polynomial_decay(config: PolynomialDecayConfig, lrs: list[float], max_update: int) -> LrAt:
-    """Linear warm-up from 0 to lr, then end + (lr - end) * (share of the decay left) ** power; lr may be by epoch."""
-    warmup, end = config.warmup_updates, config.end_learning_rate
+    """Linear warm-up from 0 to lr, then end + (lr - end) * (share of the decay left) ** power."""
+    peak, warmup, end = _single("polynomial_decay", lrs), config.warmup_updates, config.end_learning_rate
     total = _total("polynomial_decay", config, max_update)
-    last_epoch = math.inf if config.force_anneal is None else config.force_anneal - 1
 
     def lr_at(num_updates: int, epoch: int) -> float:
-        peak = lrs[int(min(max(min(epoch, last_epoch), 1), len(lrs))) - 1]
         if num_updates < warmup:
             return _warmup(0.0, peak, warmup, num_updates)
         left = max(total - num_updates, 0) / (total - warmup)

@@ -52,8 +52,12 @@ class AdafactorConfig:
     adafactor_eps: tuple[float, float] = flag(
         (1e-30, 1e-3), "smallest squared gradient, and smallest parameter scale that a step is relative to"
     )
-    clip_threshold: float = flag(1.0, "largest root mean square of an update")
+    clip_threshold: float = flag(1.0, "largest root mean square of an update, before the learning rate")
     decay_rate: float = flag(-0.8, "the squared gradient's decay rate at update t is 1 - t^X")
+    beta1: float | None = flag(None, "decay rate of a first moment of the updates (default: none is kept)")
+    scale_parameter: bool = flag(
+        False, "multiply the learning rate by each parameter's own root mean square (fairseq also by those before it)"
+    )
     weight_decay: float = flag(0.0, WEIGHT_DECAY_HELP, "--wd")
 
 
@@ -188,6 +192,69 @@ class Adam(torch.optim.AdamW):
             group.update(given)
 
 
+class Adafactor(torch.optim.Optimizer):
+    """Shazeer and Stern 2018, "Adafactor", algorithms 4 to 6; of matrices, second moments by row and by column alone.
+
+    torch's is always relative to the parameter's size and has no first moment. Names of the state are fairseq's.
+    """
+
+    def __init__(self, params: Params, lr: float, config: AdafactorConfig) -> None:
+        """Raises ValueError for settings that give no update."""
+        if config.clip_threshold < 1:
+            raise ValueError(f"--clip-threshold {config.clip_threshold}: must be at least 1")
+        if config.decay_rate >= 0:
+            raise ValueError(f"--decay-rate {config.decay_rate}: must be below 0")
+        if config.beta1 is not None and not 0 <= config.beta1 < 1:
+            raise ValueError(f"--beta1 {config.beta1}: must be at least 0 and below 1")
+        super().__init__(params, {"lr": lr})
+        self._cfg = config
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, self.state[parameter], group["lr"])
+
+    def _update(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], lr: float) -> None:
+        cfg = self._cfg
+        smallest, smallest_scale = cfg.adafactor_eps
+        factored = grad.dim() >= 2
+        if not state:
+            state["step"] = 0
+            if factored:
+                state["exp_avg_sq_row"] = grad.new_zeros(grad.shape[:-1])
+                state["exp_avg_sq_col"] = grad.new_zeros(grad.shape[:-2] + grad.shape[-1:])
+            else:
+                state["exp_avg_sq"] = torch.zeros_like(grad)
+            if cfg.beta1 is not None:
+                state["exp_avg"] = torch.zeros_like(grad)
+        state["step"] += 1
+        weight = state["step"] ** cfg.decay_rate  # of the new squared gradient
+        square = grad.square() + smallest
+        if factored:
+            row, column = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+            row.lerp_(square.mean(-1), weight)
+            column.lerp_(square.mean(-2), weight)
+            update = grad * (row / row.mean(-1, keepdim=True)).rsqrt()[..., None] * column.rsqrt()[..., None, :]
+        else:
+            update = grad * state["exp_avg_sq"].lerp_(square, weight).rsqrt()
+        update /= (_root_mean_square(update) / cfg.clip_threshold).clamp(min=1)
+        size: Tensor | float = lr
+        if cfg.scale_parameter:
+            size = lr * _root_mean_square(parameter).clamp(min=smallest_scale)
+        update *= size
+        if cfg.beta1 is not None:
+            update = state["exp_avg"].lerp_(update, 1 - cfg.beta1)
+        parameter -= cfg.weight_decay * size * parameter
+        parameter -= update
+
+
+def _root_mean_square(tensor: Tensor) -> Tensor:
+    return tensor.square().mean().sqrt()
+
+
 def rectification(update: int, beta2: float) -> float:
     """RAdam's factor r_t at ``update`` (from 1); 0 while it is undefined (rho_t <= 5)."""
     rho_inf = 2 / (1 - beta2) - 1
@@ -247,13 +314,6 @@ def sgd(params: Params, config: SGDConfig, lr: float) -> torch.optim.Optimizer:
 
 @_optimizer("adafactor", AdafactorConfig)
 def adafactor(params: Params, config: AdafactorConfig, lr: float) -> torch.optim.Optimizer:
-    """torch's Adafactor: a step is min(lr, 1/sqrt(t)) relative to the parameter's scale; no first moment."""
-    eps1, eps2 = _pair("adafactor-eps", config.adafactor_eps)
-    return torch.optim.Adafactor(
-        params,
-        lr=lr,
-        beta2_decay=config.decay_rate,
-        eps=(math.sqrt(eps1), eps2),  # torch squares its first epsilon; 1e-30 squared would be 0, and 0/0 a NaN
-        d=config.clip_threshold,
-        weight_decay=config.weight_decay,
-    )
+    """Adafactor, fairseq's formula and defaults: steps of lr itself, no first moment."""
+    _pair("adafactor-eps", config.adafactor_eps)
+    return Adafactor(params, lr, config)

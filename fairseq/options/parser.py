@@ -19,6 +19,7 @@ _INSTEAD = (
     ("--nprocs-per-node --device-id --local_rank --local-rank", _PROCESSES),
     ("--raw-text --lazy-load --dataset-impl", _MMAP),
     ("--left-pad-target", "targets are padded on the right"),
+    ("--relative-step --warmup-init", "give --lr, and the schedule that you want"),
     ("--max-lr", "with --lr-scheduler cosine --lr is the highest rate and --stop-min-lr the lowest"),
     ("--find-unused-parameters --fix-batches-to-gpus --empty-cache-freq --all-gather-list-size", "leave it out"),
     ("--no-beamable-mm --no-early-stop --data-buffer-size --suppress-crashes", "leave it out"),

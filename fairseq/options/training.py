@@ -23,7 +23,7 @@ class TrainDataConfig:
         "default: 0, or 48 with --cuda-graphs)",
         least=0,
     )
-    validate_interval: int = flag(1, "validate every N epochs", least=1)
+    validate_interval: int = flag(1, "validate every N epochs, and at the end", least=1)
     validate_interval_updates: int = flag(0, "validate every N updates too", least=0)
     disable_validation: bool = flag(False, "do not validate")
 
@@ -56,7 +56,7 @@ class OptimizationConfig:
 
     max_epoch: int = flag(0, "stop after this epoch (0: no limit)", least=0)
     max_update: int = flag(0, "stop after this many updates (0: no limit)", least=0)
-    stop_min_lr: float = flag(-1.0, "stop when the learning rate falls to this", "--min-lr")
+    stop_min_lr: float = flag(-1.0, "stop when the learning rate has fallen to this (negative: never)", "--min-lr")
     clip_norm: float = flag(0.0, "clip the gradient norm to this (0: do not clip)", least=0)
     max_nonfinite_updates: int = flag(
         10, "give up after N updates in a row without a finite loss and gradients, which are skipped", least=1

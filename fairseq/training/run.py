@@ -25,6 +25,7 @@ from fairseq.options import LAST, CheckpointConfig, section
 from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.distributed import World
 from fairseq.training.divergence import require_finite
+from fairseq.training.fairseq_optimizer import FAIRSEQS_NAMES, from_fairseqs
 from fairseq.training.flops import device_peak_flops, training_flops
 from fairseq.training.logging import Averages, TrainLog
 from fairseq.training.profiling import start_omega
@@ -135,13 +136,18 @@ class TrainingRun:
         history = (state.get("optimizer_history") or [{}])[-1]
         if state.get("last_optimizer_state") is None:
             raise FairseqError(f"checkpoint {path} has no optimiser state; continue with --reset-optimizer")
-        name = history.get("optimizer_name")
+        name, optimizer_state = history.get("optimizer_name"), state["last_optimizer_state"]
+        is_fairseqs = name in FAIRSEQS_NAMES
+        name = FAIRSEQS_NAMES.get(name, name)
         if name != self.args.optimizer:
             raise FairseqError(
                 f"checkpoint {path} holds the state of optimiser {name}, not of our {self.args.optimizer}; "
                 "continue with --reset-optimizer"
             )
-        self.trainer.load_optimizer_state(state["last_optimizer_state"])
+        if is_fairseqs:
+            moments = from_fairseqs(optimizer_state, state["model"], self.trainer.model)
+            optimizer_state = self.trainer.optimizer.state_dict() | {"state": moments}
+        self.trainer.load_optimizer_state(optimizer_state)
         require_finite(self.trainer.named_optimizer_state(), f"checkpoint {path}")
         if not self.args.reset_lr_scheduler:
             self.trainer.num_updates = int(history["num_updates"])
@@ -176,7 +182,7 @@ class TrainingRun:
             return f"--max-epoch {args.max_epoch} reached"
         if args.max_update and trainer.num_updates >= args.max_update:
             return f"--max-update {args.max_update} reached"
-        if args.stop_min_lr > 0 and trainer.lr_has_fallen_to(args.stop_min_lr):
+        if args.stop_min_lr >= 0 and trainer.lr_has_fallen_to(args.stop_min_lr):
             return f"learning rate {trainer.lr:g} has fallen to --stop-min-lr {args.stop_min_lr:g}"
         if 0 < args.patience <= self.bad_validations:
             return f"no better {args.best_checkpoint_metric} in --patience {args.patience} validations"
@@ -200,12 +206,17 @@ class TrainingRun:
                     progress.log(self._train_stats(self.interval_stats), trainer.num_updates)
                     self.interval_stats.reset()
                 if updated and not itr.end_of_epoch() and (stop := self._after_update(epoch)):
+                    if not self.stopped_by:  # else the run that continues says it
+                        self._log_epoch(epoch)
                     return stop
-        self._take_stats()
-        self.log.summary("train", epoch, self._train_stats(self.epoch_stats), trainer.num_updates)
+        self._log_epoch(epoch)
         itr.next_epoch()
         trainer.epoch = itr.epoch
         return self._after_update(epoch, end_of_epoch=True)
+
+    def _log_epoch(self, epoch: int) -> None:
+        self._take_stats()
+        self.log.summary("train", epoch, self._train_stats(self.epoch_stats), self.trainer.num_updates)
 
     def _count_flops(self, micro_batches: list[Batch | None]) -> None:
         if self.peak_flops is None:
@@ -303,7 +314,7 @@ class TrainingRun:
         args, trainer = self.args, self.trainer
         return {
             "args": Namespace(**vars(args)),
-            "model": to_fairseq(parameters),
+            "model": to_fairseq(parameters, positions=not args.no_token_positional_embeddings),
             "optimizer_history": [
                 {
                     "criterion_name": args.criterion,
