@@ -78,6 +78,40 @@ def test_names(toy_databin, tmp_path, flags, expected):
         assert state["extra_state"]["train_iterator"]["epoch"] == number + 1
 
 
+@pytest.mark.parametrize(
+    ("save", "save_updates", "check", "check_updates", "end"),
+    [(1, 0, 1, 0, 16), (2, 5, 1, 3, 28), (3, 4, 2, 0, 24), (2, 7, 3, 7, 27), (9, 0, 9, 6, 20)],
+    ids=str,
+)
+def test_what_is_due_when(toy_databin, tmp_path, caplog, save, save_updates, check, check_updates, end):
+    """Each update's validation and files, by fairseq's conditions; the best and the last besides."""
+
+    def due(interval: int, number: int) -> bool:
+        return interval > 0 and number % interval == 0
+
+    flags = ("--save-interval", save, "--save-interval-updates", save_updates, "--max-update", end)
+    flags += ("--validate-interval", check, "--validate-interval-updates", check_updates)
+    lines = train(toy_databin, tmp_path, *flags)
+    validated = {line["valid_num_updates"]: line["valid_loss"] for line in lines if "valid_loss" in line}
+    matches = [re.match(r"saved (.*) in .* \(epoch (\d) @ (\d+) updates\)", message) for message in caplog.messages]
+    saved = {int(m[3]): (int(m[2]), set(m[1].split(", "))) for m in matches if m}
+    best = float("inf")
+    for update in range(1, end + 1):
+        epoch, is_end = -(-update // EPOCH), update % EPOCH == 0
+        by_epoch, by_updates = is_end and due(save, epoch), due(save_updates, update)
+        saves = by_epoch or by_updates or update == end
+        validates = (saves and not is_end) or (is_end and due(check, epoch)) or due(check_updates, update)
+        assert (update in validated) == (validates or update == end), update
+        names = {f"checkpoint{epoch}.pt"} if by_epoch else set()
+        names |= {f"checkpoint_{epoch}_{update}.pt"} if by_updates and not is_end else set()
+        names |= {LAST} if saves else set()
+        if validated.get(update, best) < best:
+            best = validated[update]
+            names |= {BEST, LAST}
+        assert saved.get(update, (epoch, set())) == (epoch, names), update
+    assert len(validated) > 1
+
+
 def test_best_is_the_best_validation_even_between_saves(toy_databin, tmp_path):
     flags = ("--lr", 0.05, "--max-epoch", 4, "--validate-interval-updates", 3, "--save-interval", 4)
     lines = train(toy_databin, tmp_path, *flags, "--keep-best-checkpoints", 2)

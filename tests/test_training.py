@@ -27,6 +27,7 @@ from tests.training_runs import (
     load,
     start,
     train,
+    trainer_and_batches,
     updates,
     write_databin,
 )
@@ -232,6 +233,16 @@ def test_limits(toy_databin, tmp_path, flags, count, why):
     assert last(tmp_path)["optimizer_history"][-1]["num_updates"] == count
     assert why in (tmp_path / "log").read_text().splitlines()[-1]
     assert train(toy_databin, tmp_path, *flags) == []  # nothing is left to do
+
+
+def test_the_rate_has_fallen_when_it_is_low_and_does_not_rise(toy_databin):
+    trainer, _ = trainer_and_batches(toy_databin)
+    rates = [0.1, 0.2, 0.3, 0.3, 0.2, 0.1, 0.1, 0.4, 0.2]
+    trainer.lr_at = lambda num_updates, epoch: rates[num_updates] + epoch  # of the first epoch
+    found = []
+    for trainer.num_updates in range(len(rates)):
+        found.append(trainer.lr_has_fallen_to(1.2))
+    assert found == [False, False, False, False, True, True, True, False, True]
 
 
 def test_patience_counts_validations_without_a_better_one(toy_databin, tmp_path):
