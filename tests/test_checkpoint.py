@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fairseq.checkpoint import build_from_checkpoint, load_checkpoint, load_model, load_parameters, model_config
+from fairseq.cli.train import main
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import from_fairseq, to_fairseq
@@ -248,6 +249,14 @@ def test_checkpoint_that_does_not_fit(toy_databin, tmp_path, capsys):
     ):
         assert_fails(capsys, 1, message, *command_line(toy_databin, tmp_path, "--max-update", 2, *flags))
     assert (tmp_path / LAST).read_bytes() == before
+    # a file that nobody has named may be left where it is
+    otherwise, flags = ", or start afresh with another --save-dir", ("--max-update", 2, "--encoder-layers", 2)
+    assert_fails(capsys, 1, otherwise, *command_line(toy_databin, tmp_path, *flags))
+    for name in ("--restore-file", "--finetune-from-model"):
+        with pytest.raises(SystemExit):
+            main(command_line(toy_databin, tmp_path / "new", *flags, name, tmp_path / LAST))
+        error = capsys.readouterr().err
+        assert "lacks encoder.layers.1" in error and otherwise not in error
     assert min(updates(train(toy_databin, tmp_path, "--max-update", 2, "--reset-optimizer"))) == 1
     assert_fails(
         capsys,

@@ -25,6 +25,7 @@ from tests.training_runs import (
     files,
     last,
     load,
+    logged,
     start,
     train,
     trainer_and_batches,
@@ -214,6 +215,29 @@ def test_update_freq_by_epoch(toy_databin, tmp_path):
     assert sentences == [150, 75, 75]  # every sentence once an epoch
 
 
+def test_lr_by_epoch(toy_databin, tmp_path):
+    """Where an epoch ends, the update after has its epoch's rate, and a resumed run has it too."""
+    flags = ("--lr-scheduler", "fixed", "--warmup-updates", 0, "--lr", "0.04,0.02", "--force-anneal", 3)
+    flags += ("--lr-shrink", 0.5, "--optimizer", "sgd", "--dropout", 0, "--attention-dropout", 0)
+    rates: list[float] = []
+    for stop in (EPOCH, 2 * EPOCH + 3, 4 * EPOCH):
+        train(toy_databin, tmp_path, *flags, "--max-update", stop)
+        rates.append(last(tmp_path)["last_optimizer_state"]["param_groups"][0]["lr"])
+    assert rates == [0.04, 0.01, 0.005]
+    lines = updates(logged(tmp_path))  # that of the next update, were it of the same epoch
+    expected = [0.04] * EPOCH + [0.02] * EPOCH + [0.01] * EPOCH + [0.005] * EPOCH
+    assert [lines[n]["lr"] for n in range(1, 4 * EPOCH + 1)] == pytest.approx(expected)
+
+
+def test_a_process_without_a_batch_adds_nothing(toy_databin):
+    flags = (*SGD, "--update-freq", 2)
+    (one, itr), (other, _) = (trainer_and_batches(toy_databin, *flags) for _ in range(2))
+    batch = next(itr.updates(1))[0]
+    assert one.train_step([batch]) and other.train_step([batch, None])
+    assert one.take_stats() == other.take_stats()
+    assert_same(one.parameters, other.parameters)
+
+
 # -- limits
 
 
@@ -223,7 +247,7 @@ def test_update_freq_by_epoch(toy_databin, tmp_path):
         (("--max-update", 9), 9, "--max-update 9"),
         (("--max-epoch", 2, "--max-update", 100), 2 * EPOCH, "--max-epoch 2"),
         (("--stop-min-lr", 0.0055, "--max-update", 100), 17, "--stop-min-lr"),
-        (("--min-lr", 0.0055, "--max-update", 100), 17, "--stop-min-lr"),
+        (("--min-lr", 0.0055), 17, "--stop-min-lr"),
     ],
     ids=str,
 )
@@ -246,7 +270,7 @@ def test_the_rate_has_fallen_when_it_is_low_and_does_not_rise(toy_databin):
 
 
 def test_patience_counts_validations_without_a_better_one(toy_databin, tmp_path):
-    flags = (*SGD, "--lr", 0, "--max-update", 100)  # the loss stays as it is
+    flags = (*SGD, "--lr", 0)  # the loss stays as it is
     lines = train(toy_databin, tmp_path / "epochs", *flags, "--patience", 2)
     assert [line["epoch"] for line in lines if "valid_loss" in line] == [1, 2, 3]
     flags = (*flags, "--validate-interval-updates", 2)
