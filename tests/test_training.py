@@ -218,7 +218,7 @@ def test_update_freq_by_epoch(toy_databin, tmp_path):
 def test_lr_by_epoch(toy_databin, tmp_path):
     """Where an epoch ends, the update after has its epoch's rate, and a resumed run has it too."""
     flags = ("--lr-scheduler", "fixed", "--warmup-updates", 0, "--lr", "0.04,0.02", "--force-anneal", 3)
-    flags += ("--lr-shrink", 0.5, "--optimizer", "sgd", "--dropout", 0, "--attention-dropout", 0)
+    flags += ("--lr-shrink", 0.5)
     rates: list[float] = []
     for stop in (EPOCH, 2 * EPOCH + 3, 4 * EPOCH):
         train(toy_databin, tmp_path, *flags, "--max-update", stop)
