@@ -130,7 +130,7 @@ def format_stats(stats: Stats) -> dict[str, str]:
     """Statistics as text, in fairseq's order."""
     known = {name: position for position, name in enumerate(_DIGITS)}
     names = sorted(stats, key=lambda name: known.get(name, len(known)))
-    return {name: _format(stats[name], _DIGITS.get(name, 3)) for name in names}
+    return {name: _format(stats[name], _DIGITS.get(name.removeprefix("best_"), 3)) for name in names}
 
 
 def _format(value: float | int, digits: int | None) -> str:
