@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ import numpy as np
 
 from fairseq.data.indexed_dataset import HEADER, MAGIC, VERSION
 from fairseq.data.iterators import EpochBatchIterator
-from fairseq.data.shapes import plan_shapes
 from fairseq.data.translation import LanguagePairDataset, TranslationData
 from fairseq.options import DataConfig
 from fairseq.utils.io import atomic_write
@@ -122,7 +120,7 @@ def batches(
         max_positions=(1024, 1024),
         seed=1,
         num_workers=workers,
-        planner=partial(plan_shapes, count=shapes) if shapes else None,
+        batch_shapes=shapes,
     )
 
 

@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq.data.batching import plan_batches, select_by_size, sort_by_length
-from fairseq.data.shapes import plan_shapes
+from fairseq.data.batching import BatchLimits, LengthBuckets, plan_batches, select_by_size
+from fairseq.data.shapes import choose_shapes
 from fairseq.data.translation import Batch, BatchShape, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
@@ -201,20 +201,21 @@ def _batches(
     """
     dataset, rng = data.load("train", 1), np.random.default_rng(1)
     assert dataset.tgt_sizes is not None
-    limits = args.max_source_positions, args.max_target_positions
-    order = select_by_size(dataset.src_sizes, dataset.tgt_sizes, limits, name=dataset.src.prefix, skip=True)
+    sizes, budget = (dataset.src_sizes, dataset.tgt_sizes), BatchLimits(args.max_tokens, rows_multiple=8)
+    longest = args.max_source_positions, args.max_target_positions
+    order = select_by_size(*sizes, longest, name=dataset.src.prefix, skip=True)
     if kind == "baseline":
         order = rng.permutation(order)
         order = order[np.argsort(dataset.tgt_sizes[order], kind="stable")]
         order = order[np.argsort(dataset.src_sizes[order], kind="stable")]
+        batches = plan_batches(*sizes, order, budget)
     else:
-        order = sort_by_length(dataset.src_sizes, dataset.tgt_sizes, order, rng)
-    sizes, budget = (dataset.src_sizes, dataset.tgt_sizes, order), {"max_tokens": args.max_tokens}
-    plan: list[tuple[np.ndarray, BatchShape | None]]
+        buckets = LengthBuckets(*sizes, order, budget)
+        order = buckets.shuffled(rng)
+        batches = buckets.cut(order)
+    plan: list[tuple[np.ndarray, BatchShape | None]] = [(batch, None) for batch in batches]
     if shapes:
-        plan = list(plan_shapes(*sizes, shapes, rng, required_batch_size_multiple=8, **budget))
-    else:
-        plan = [(batch, None) for batch in plan_batches(*sizes, required_batch_size_multiple=8, **budget)]
+        plan = list(zip(*choose_shapes(buckets, shapes).cut(order, rng), strict=True))
     first, timed = (
         [dataset.collate(*plan[(2 * i + 1) * len(plan) // (2 * n)]) for i in range(n)] for n in (warmup, count)
     )

@@ -368,7 +368,7 @@ CASES = {
     "--bpe *": ["python load('toy.pt', bpe='nope')"],
     "--scoring": ["python Scorer('nope')"],
     "--order": ["python Scorer(order=0)"],
-    "no limit": ["python plan_batches(np.arange(3), np.ones(3), None, max_tokens=None, max_sentences=None)"],
+    "no limit": ["python plan_batches(np.ones(3), None, np.arange(3), BatchLimits())"],
     "* checkpoints to average": ["python last_checkpoints('bin', 0)"],
     "no checkpoints": ["python average_checkpoints([])"],
     "this model has no omega": ["python profile(load_model('toy.pt'), {})"],

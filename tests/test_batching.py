@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq.data.batching import make_batches, plan_batches, select_by_size, sort_by_length
+from fairseq.data.batching import BatchLimits, LengthBuckets, make_batches, plan_batches, select_by_size
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from fairseq.data.iterators import EpochBatchIterator
@@ -100,17 +100,13 @@ def test_plan_equals_the_rule_applied_one_by_one(
     is_sorted: bool,
 ) -> None:
     src, tgt = _sizes(lengths)
-    order = np.arange(len(src))
-    order = sort_by_length(src, tgt, order) if is_sorted else order
-    batches = plan_batches(
-        src,
-        tgt,
-        order,
-        max_tokens=max_tokens,
-        max_sentences=max_sentences,
-        required_batch_size_multiple=multiple,
-        required_seq_len_multiple=seq_multiple,
-    )
+    order, limits = np.arange(len(src)), BatchLimits(max_tokens, max_sentences, multiple, seq_multiple)
+    if is_sorted:
+        buckets = LengthBuckets(src, tgt, order, limits)
+        order = buckets.shuffled(np.random.default_rng(max_tokens))
+        batches = buckets.cut(order)
+    else:
+        batches = plan_batches(src, tgt, order, limits)
     assert np.concatenate(batches).tolist() == order.tolist()
     for batch in batches:
         assert (
@@ -124,27 +120,37 @@ def test_plan_equals_the_rule_applied_one_by_one(
     assert [b.tolist() for b in batches] == expected
 
 
+def _sorted(src: np.ndarray, tgt: np.ndarray | None, indices: np.ndarray, seed: int | None = None) -> np.ndarray:
+    buckets = LengthBuckets(src, tgt, indices, BatchLimits(max_sentences=1))
+    return buckets.shuffled(None if seed is None else np.random.default_rng(seed))
+
+
 @settings(max_examples=60, deadline=None)
-@given(LENGTHS, st.integers(0, 2**31))
-def test_sort_order(lengths: list[tuple[int, int]], seed: int) -> None:
+@given(LENGTHS, st.integers(0, 2**31), st.sampled_from([slice(None), slice(-1), slice(2, None), slice(None, None, 3)]))
+def test_sort_order(lengths: list[tuple[int, int]], seed: int, part: slice) -> None:
     src, tgt = _sizes(lengths)
-    indices = np.arange(len(src), dtype=np.int32)[::2]
+    indices = np.arange(len(src), dtype=np.int32)[part]
 
     def key(index: int) -> tuple[int, int]:
         longer, difference = max(lengths[index]), lengths[index][0] - lengths[index][1]
         return longer, -difference if longer % 2 else difference
 
-    assert sort_by_length(src, tgt, indices).tolist() == sorted(indices.tolist(), key=key)
-    shuffled = sort_by_length(src, tgt, indices, np.random.default_rng(seed)).tolist()
+    assert _sorted(src, tgt, indices).tolist() == sorted(indices.tolist(), key=key)
+    shuffled = _sorted(src, tgt, indices, seed).tolist()
     assert sorted(shuffled) == indices.tolist()
     assert [key(i) for i in shuffled] == sorted(key(i) for i in indices)
-    one_sided = sort_by_length(src, None, indices).tolist()
+    if len(indices):  # chance is a number of each, as when checkpoints were saved that may be in the midst of an epoch
+        bits = 63 - (2 * max(map(max, lengths)).bit_length() + 1) - max(1, len(indices) - 1).bit_length()
+        draws = np.random.default_rng(seed).integers(0, 2 ** min(32, bits), len(indices), np.uint32).tolist()
+        by_chance = sorted((*key(i), draw, i) for i, draw in zip(indices.tolist(), draws, strict=True))
+        assert shuffled == [i for *_, i in by_chance]
+    one_sided = _sorted(src, None, indices).tolist()
     assert one_sided == sorted(indices.tolist(), key=lambda i: lengths[i][0])
 
 
 def test_equal_lengths_are_shuffled() -> None:
     sizes = np.full(1000, 7, dtype=np.int32)
-    orders = [sort_by_length(sizes, sizes, np.arange(1000), np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    orders = [_sorted(sizes, sizes, np.arange(1000), seed) for seed in (1, 1, 2)]
     assert (orders[0] == orders[1]).all()
     assert (orders[0] != orders[2]).mean() > 0.9
     assert abs(np.corrcoef(orders[0], np.arange(1000))[0, 1]) < 0.2
@@ -152,8 +158,11 @@ def test_equal_lengths_are_shuffled() -> None:
 
 def test_very_long_sentences_keep_to_the_budget() -> None:
     src = np.random.default_rng(0).integers(1, 9000, 500).astype(np.int32)
-    order = sort_by_length(src, src, np.arange(500), np.random.default_rng(1))
-    batches = plan_batches(src, src, order, max_tokens=20_000, required_batch_size_multiple=8)
+    limits = BatchLimits(20_000, rows_multiple=8)
+    buckets = LengthBuckets(src, src, np.arange(500), limits)
+    order = buckets.shuffled(np.random.default_rng(1))
+    batches = buckets.cut(order)
+    assert [b.tolist() for b in batches] == [b.tolist() for b in plan_batches(src, src, order, limits)]
     assert sorted(np.concatenate(batches).tolist()) == list(range(500))
     assert all(len(batch) * src[batch].max() <= 20_000 for batch in batches)
 
@@ -161,8 +170,8 @@ def test_very_long_sentences_keep_to_the_budget() -> None:
 def test_padding_on_real_data(shared: Path) -> None:
     sides = [IndexedDataset(shared / "reference" / "multi30k-databin" / f"train.en-de.{lang}") for lang in ("en", "de")]
     src, tgt = sides[0].sizes, sides[1].sizes
-    order = sort_by_length(src, tgt, np.arange(len(src)), np.random.default_rng(1))
-    batches = plan_batches(src, tgt, order, max_tokens=4096, required_batch_size_multiple=8)
+    buckets = LengthBuckets(src, tgt, np.arange(len(src)), BatchLimits(4096, rows_multiple=8))
+    batches = buckets.cut(buckets.shuffled(np.random.default_rng(1)))
     cells = sum(len(b) * (int(src[b].max()) + int(tgt[b].max())) for b in batches)
     assert 1 - (int(src.sum()) + int(tgt.sum())) / cells < 0.035
 
@@ -170,11 +179,11 @@ def test_padding_on_real_data(shared: Path) -> None:
 def test_limits() -> None:
     sizes = np.array([3, 9, 4], dtype=np.int32)
     with pytest.raises(FairseqError, match=r"sentence 1 has 9 tokens, more than --max-tokens 8"):
-        plan_batches(sizes, None, np.arange(3), max_tokens=8)
+        plan_batches(sizes, None, np.arange(3), BatchLimits(8))
     with pytest.raises(FairseqError, match=r"--max-tokens or --batch-size"):
-        plan_batches(sizes, None, np.arange(3))
-    assert [b.tolist() for b in plan_batches(sizes, None, np.arange(3), max_sentences=2)] == [[0, 1], [2]]
-    assert plan_batches(sizes, None, np.arange(0), max_tokens=8) == []
+        plan_batches(sizes, None, np.arange(3), BatchLimits())
+    assert [b.tolist() for b in plan_batches(sizes, None, np.arange(3), BatchLimits(None, 2))] == [[0, 1], [2]]
+    assert plan_batches(sizes, None, np.arange(0), BatchLimits(8)) == []
 
 
 def test_select_by_size(caplog: pytest.LogCaptureFixture) -> None:
@@ -259,7 +268,7 @@ def test_stats_of_what_is_handed_out(dataset: LanguagePairDataset, multiple: int
 def test_too_long_with_its_padding() -> None:
     sizes = np.array([5, 9], np.int32)
     with pytest.raises(FairseqError, match=r"sentence 1 has 16 tokens with its padding .*--max-tokens 10"):
-        plan_batches(sizes, None, np.arange(2), max_tokens=10, required_seq_len_multiple=8)
+        plan_batches(sizes, None, np.arange(2), BatchLimits(10, length_multiple=8))
 
 
 def test_epochs(dataset: LanguagePairDataset) -> None:

@@ -21,7 +21,7 @@ import pytest
 from fairseq.admin.profiling import profile
 from fairseq.checkpoint import load_model
 from fairseq.cli import average, clinic, export, generate, interactive, preprocess, score, train, validate
-from fairseq.data.batching import plan_batches
+from fairseq.data.batching import BatchLimits, plan_batches
 from fairseq.errors import FairseqError
 from fairseq.generation.scoring import Scorer
 from fairseq.models import TransformerModel
@@ -35,7 +35,10 @@ COMMANDS = {
 } | {"prepare_corpus": load_script("prepare_corpus")}
 PYTHON = {
     "load": partial(TransformerModel.from_pretrained, ".", data_name_or_path="bin"),
-    **{f.__name__: f for f in (Scorer, average_checkpoints, last_checkpoints, load_model, plan_batches, profile)},
+    **{
+        f.__name__: f
+        for f in (Scorer, average_checkpoints, last_checkpoints, load_model, plan_batches, profile, BatchLimits)
+    },
     "np": np,
 }
 

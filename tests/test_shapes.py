@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq.data.batching import plan_batches, sort_by_length
+from fairseq.data.batching import BatchLimits, LengthBuckets
 from fairseq.data.indexed_dataset import IndexedDataset
-from fairseq.data.shapes import _cheapest_path, plan_shapes
+from fairseq.data.shapes import _cheapest_path, choose_shapes
 from fairseq.data.translation import BatchShape, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.options import DataConfig
@@ -22,8 +22,10 @@ from tests.training_runs import batches_of_shapes, last, train, trainer_and_batc
 
 
 def _plan(src, tgt, count, seed=1, **limits):
-    order = sort_by_length(src, tgt, np.arange(len(src)), np.random.default_rng(seed))
-    return plan_shapes(src, tgt, order, count, np.random.default_rng(seed), **limits)
+    buckets = LengthBuckets(src, tgt, np.arange(len(src)), BatchLimits(**limits))
+    order = buckets.shuffled(np.random.default_rng(seed))
+    batches, shapes = choose_shapes(buckets, count).cut(order, np.random.default_rng(seed))
+    return list(zip(batches, shapes, strict=True))
 
 
 @settings(max_examples=100, deadline=None)
@@ -40,8 +42,8 @@ def test_every_sentence_once_within_the_limits(n, count, max_tokens, max_sentenc
     rng = np.random.default_rng(seed)
     src = rng.geometric(0.15, n).clip(1, 30).astype(np.int32)
     tgt = (src + rng.integers(-3, 4, n)).clip(1, 32).astype(np.int32)
-    limits = {"max_tokens": max_tokens, "max_sentences": max_sentences, "required_seq_len_multiple": multiple}
-    batches = _plan(src, tgt, count, required_batch_size_multiple=rows_multiple, **limits)
+    limits = {"max_tokens": max_tokens, "max_sentences": max_sentences, "length_multiple": multiple}
+    batches = _plan(src, tgt, count, rows_multiple=rows_multiple, **limits)
     assert sorted(np.concatenate([batch for batch, _ in batches]).tolist()) == list(range(n))
     assert len({shape for _, shape in batches}) <= count
     for batch, (rows, src_len, tgt_len) in batches:
@@ -61,7 +63,7 @@ def _corpus(shared: Path, databin: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(("max_tokens", "most"), [(4096, 0.06), (16384, 0.08)])
 def test_padding_and_shapes_on_real_data(shared, max_tokens, most):
     src, tgt = _corpus(shared, "multi30k-databin")
-    plans = [_plan(src, tgt, 48, seed, max_tokens=max_tokens, required_batch_size_multiple=8) for seed in (1, 2)]
+    plans = [_plan(src, tgt, 48, seed, max_tokens=max_tokens, rows_multiple=8) for seed in (1, 2)]
     shapes = [[shape for _, shape in plan] for plan in plans]
     assert sorted(shapes[0]) == sorted(shapes[1])  # the same every epoch
     assert {tuple(batch) for batch, _ in plans[0]} != {tuple(batch) for batch, _ in plans[1]}
@@ -72,15 +74,15 @@ def test_padding_and_shapes_on_real_data(shared, max_tokens, most):
 
 def test_batches_that_have_few_shapes_already_are_kept():
     src = np.repeat([3, 5, 9], 40).astype(np.int32)
-    order = sort_by_length(src, src, np.arange(120))
-    expected = plan_batches(src, src, order, max_tokens=60)
-    kept = plan_shapes(src, src, order, 20, np.random.default_rng(1), max_tokens=60)
-    assert [batch.tolist() for batch, _ in kept] == [batch.tolist() for batch in expected]
+    buckets = LengthBuckets(src, src, np.arange(120), BatchLimits(60))
+    expected = buckets.cut(buckets.shuffled())
+    kept, _ = choose_shapes(buckets, 20).cut(buckets.shuffled(), np.random.default_rng(1))
+    assert [batch.tolist() for batch in kept] == [batch.tolist() for batch in expected]
 
 
 def test_the_last_batch_has_empty_rows_rather_than_a_shape_of_its_own():
     src = np.full(21, 5, np.int32)
-    [(first, shape), (second, same), *rest] = _plan(src, src, 1, max_tokens=100, required_batch_size_multiple=8)
+    [(first, shape), (second, same), *rest] = _plan(src, src, 1, max_tokens=100, rows_multiple=8)
     assert not rest
     assert shape == same == (16, 5, 5)
     assert (len(first), len(second)) == (16, 5)

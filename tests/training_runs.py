@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -27,7 +26,6 @@ from fairseq.cli.train import main
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import IndexedDatasetWriter
 from fairseq.data.iterators import EpochBatchIterator
-from fairseq.data.shapes import plan_shapes
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.options import DataConfig, parse_train_args, section
 from fairseq.training.distributed import World
@@ -109,7 +107,7 @@ def batches_of_shapes(databin: Path, count: int, max_tokens: int, **more: Any) -
         max_positions=(1024, 1024),
         seed=1,
         required_batch_size_multiple=8,
-        planner=partial(plan_shapes, count=count),
+        batch_shapes=count,
         **more,
     )
 

@@ -6,12 +6,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairseq.data.batching import plan_batches, select_by_size, sort_by_length
+from fairseq.data.batching import BatchLimits, LengthBuckets, select_by_size
 from fairseq.data.reading import iterate_batches
+from fairseq.data.shapes import ShapeGroups, choose_shapes
 from fairseq.data.translation import Batch, BatchShape, LanguagePairDataset
 from fairseq.errors import FairseqError
 
@@ -19,7 +20,13 @@ logger = logging.getLogger(__name__)
 
 DATA_STATS = ("data_wait", "tokens", "positions")  # see EpochBatchIterator.take_stats
 
-Planner = Callable[..., list[tuple[np.ndarray, BatchShape]]]  # `fairseq.data.shapes.plan_shapes` without its count
+
+class _Corpus(NamedTuple):
+    """What is the same in every epoch of a dataset: of the one planned last, as the next is often the same again."""
+
+    name: str
+    buckets: LengthBuckets
+    groups: ShapeGroups | None
 
 
 class EpochBatchIterator:
@@ -31,8 +38,8 @@ class EpochBatchIterator:
     continues from a checkpoint, also with other values of the two.
 
     datasets: epoch -> the dataset of that epoch. max_positions: (source, target); longer sentences are left out with a
-    warning. planner: cuts batches of given shapes; None: batches are as small as can be. Raises FairseqError as
-    `select_by_size` and `plan_batches` do.
+    warning. batch_shapes: most shapes that batches may have (`fairseq.data.shapes`); 0: any, as small as can be. Raises
+    FairseqError as `select_by_size` and `plan_batches` do.
     """
 
     def __init__(
@@ -48,20 +55,16 @@ class EpochBatchIterator:
         world_size: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
-        planner: Planner | None = None,
+        batch_shapes: int = 0,
     ) -> None:
         self.epoch = 1  # being trained, or about to be
         self.rank, self.world_size = rank, world_size
         self._datasets = datasets
-        self._limits: dict[str, Any] = {
-            "max_tokens": max_tokens,
-            "max_sentences": max_sentences,
-            "required_batch_size_multiple": required_batch_size_multiple,
-        }
+        self._limits = BatchLimits(max_tokens, max_sentences, required_batch_size_multiple)
         self._max_positions, self._seed = max_positions, seed
         self._num_workers, self._pin_memory = num_workers, pin_memory
-        self._planner = planner
-        self._selected: tuple[str, np.ndarray] | None = None  # of the dataset planned last: it is often the same again
+        self._batch_shapes = batch_shapes
+        self._corpus: _Corpus | None = None
         # of this epoch, made when needed: batches and their shapes
         self._plan: tuple[LanguagePairDataset, list[np.ndarray], list[BatchShape] | None] | None = None
         self._offset = 0  # global batches of this epoch handed out, those read ahead not counted
@@ -70,20 +73,27 @@ class EpochBatchIterator:
     def _planned(self) -> tuple[LanguagePairDataset, list[np.ndarray], list[BatchShape] | None]:
         if self._plan is None:
             dataset = self._datasets(self.epoch)
-            sizes = dataset.src_sizes, dataset.tgt_sizes
-            name = dataset.src.prefix
-            if self._selected is None or self._selected[0] != name:
-                self._selected = name, select_by_size(*sizes, self._max_positions, name=name, skip=True)
+            corpus = self._known(dataset)
             rng = np.random.default_rng([self._seed % 2**64, self.epoch])
-            ordered = sort_by_length(*sizes, self._selected[1], rng)
-            limits = self._limits | {"required_seq_len_multiple": dataset.required_seq_len_multiple}
-            if self._planner is None:
-                batches, shapes = plan_batches(*sizes, ordered, **limits), None
+            ordered = corpus.buckets.shuffled(rng)
+            if corpus.groups is None:
+                batches, shapes = corpus.buckets.cut(ordered), None
             else:
-                batches, shapes = map(list, zip(*self._planner(*sizes, ordered, rng=rng, **limits), strict=True))
+                batches, shapes = corpus.groups.cut(ordered, rng)
             order = rng.permutation(len(batches))
             self._plan = dataset, [batches[i] for i in order], shapes and [shapes[i] for i in order]
         return self._plan
+
+    def _known(self, dataset: LanguagePairDataset) -> _Corpus:
+        name = dataset.src.prefix
+        if self._corpus is None or self._corpus.name != name:
+            self._corpus, sizes = None, (dataset.src_sizes, dataset.tgt_sizes)
+            selected = select_by_size(*sizes, self._max_positions, name=name, skip=True)
+            limits = self._limits._replace(length_multiple=dataset.required_seq_len_multiple)
+            buckets = LengthBuckets(*sizes, selected, limits)
+            groups = choose_shapes(buckets, self._batch_shapes) if self._batch_shapes else None
+            self._corpus = _Corpus(name, buckets, groups)
+        return self._corpus
 
     @property
     def n_batches(self) -> int:

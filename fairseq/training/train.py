@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from functools import partial
 
 import torch
 
 from fairseq.admin.residual import ADMIN, PROFILING
 from fairseq.data.iterators import EpochBatchIterator
-from fairseq.data.shapes import plan_shapes
 from fairseq.data.translation import TranslationData
 from fairseq.errors import out_of_memory_ends
 from fairseq.models.config import TransformerConfig
@@ -54,7 +52,7 @@ def train(args: Namespace, world: World) -> None:
             world_size=world.size,
             num_workers=args.num_workers,
             pin_memory=world.device.type == "cuda",
-            planner=partial(plan_shapes, count=shapes) if shapes else None,
+            batch_shapes=shapes,
         )
         if args.init_type == PROFILING and world.is_master:
             profile_to_file(args, model, itr, world)
