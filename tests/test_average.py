@@ -12,6 +12,7 @@ import torch
 
 from fairseq.checkpoint import load_checkpoint, load_model
 from fairseq.cli.average import main
+from fairseq.errors import FairseqError
 from fairseq.training.averaging import average_checkpoints, last_checkpoints
 from tests.toys import toy_model, write_toy_checkpoint
 
@@ -79,6 +80,15 @@ def test_fairseqs_script_name(run_dir):
 
 def test_latest_first(run_dir):
     assert [path.name for path in last_checkpoints(run_dir, 2)] == ["checkpoint11.pt", "checkpoint4.pt"]
+    assert [path.name for path in last_checkpoints(run_dir, 4, upper_bound=4)] == [
+        f"checkpoint{n}.pt" for n in (4, 3, 2, 1)
+    ]
+    updates = last_checkpoints(run_dir, 2, by_updates=True, upper_bound=200)
+    assert [path.name for path in updates] == ["checkpoint_2_200.pt", "checkpoint_1_100.pt"]
+    with pytest.raises(FairseqError, match="0 checkpoints to average: must be at least 1"):
+        last_checkpoints(run_dir, 0)
+    with pytest.raises(FairseqError, match="no checkpoints to average"):
+        average_checkpoints([])
 
 
 def test_types_are_kept_and_sums_exact(tmp_path):

@@ -17,6 +17,7 @@ import torch
 
 from fairseq.checkpoint import load_checkpoint
 from fairseq.cli.preprocess import main as preprocess
+from fairseq.cli.train import main
 from fairseq.data import preprocess as preprocess_module
 from fairseq.data.indexed_dataset import UNFINISHED
 from fairseq.data.translation import load_dictionaries
@@ -99,6 +100,14 @@ def test_fallback(toy_databin, tmp_path, capsys, caplog):
     argv = command_line(toy_databin, tmp_path / "run", *flags)
     assert_fails(capsys, 1, "the newest good one, with --restore-fallback", *argv)
     assert path.read_bytes() == data
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / LAST).write_bytes(data)
+    for more in ((), ("--restore-fallback",), ("--restore-fallback", "--restore-file", path)):
+        # there is no other, or none that was named
+        with pytest.raises(SystemExit):
+            main(command_line(toy_databin, tmp_path / "alone", *flags, *more))
+        error = capsys.readouterr().err
+        assert "damaged" in error and "newest good" not in error
     train(toy_databin, tmp_path / "run", *flags, "--restore-fallback")
     [resumed] = [record.message for record in caplog.records if record.message.startswith("resumed from")]
     assert resumed.endswith("(epoch 2 @ 10 updates)")

@@ -145,6 +145,19 @@ def test_too_many_batches_without_memory_end_training(toy_databin, tmp_path, cap
     assert_fails(capsys, 1, ", the 10th batch in a row; lower --max-tokens, or take a smaller model", *argv)
     assert last(tmp_path)["optimizer_history"][-1]["num_updates"] == 1
     assert [line["train_ooms"] for line in logged(tmp_path) if "train_loss" in line] == [6]
+    assert sum("left out" in message for message in caplog.messages) == 1 + 9  # one that fits begins the row anew
+
+
+def test_other_errors_are_not_taken_for_it(toy_databin):
+    trainer, itr = trainer_and_batches(toy_databin)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a matrix is too small")
+
+    trainer.model.encoder.layers[0].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="a matrix is too small"):
+        trainer.train_step(next(itr.updates(1)))
+    assert trainer.take_stats()["ooms"] == 0
 
 
 # -- where nothing can be left out
