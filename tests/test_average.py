@@ -83,6 +83,7 @@ def test_latest_first(run_dir):
     assert [path.name for path in last_checkpoints(run_dir, 4, upper_bound=4)] == [
         f"checkpoint{n}.pt" for n in (4, 3, 2, 1)
     ]
+    assert [path.name for path in last_checkpoints(run_dir, 1)] == ["checkpoint11.pt"]
     updates = last_checkpoints(run_dir, 2, by_updates=True, upper_bound=200)
     assert [path.name for path in updates] == ["checkpoint_2_200.pt", "checkpoint_1_100.pt"]
     with pytest.raises(FairseqError, match="0 checkpoints to average: must be at least 1"):
@@ -162,7 +163,12 @@ def test_files_that_do_not_fit(run_dir, capsys, tmp_path):
     assert_fails(capsys, 1, "no such directory", "--inputs", run_dir / "no", *out, "--num-epoch-checkpoints", 2)
     assert_fails(capsys, 1, "no such file", "--inputs", run_dir / "no.pt", *out)
     deep = write_toy_checkpoint(toy_model(decoder_layers=3), tmp_path / "deep.pt")
-    assert_fails(capsys, 1, "has parameter decoder.layers.2.", "--inputs", run_dir / "checkpoint1.pt", deep, *out)
+    one = run_dir / "checkpoint1.pt"
+    for inputs in ((one, deep), (deep, one), (one, one, deep)):
+        assert_fails(capsys, 1, f"{deep} has parameter decoder.layers.2.", "--inputs", *inputs, *out)
     wide = write_toy_checkpoint(toy_model(encoder_ffn_embed_dim=32), tmp_path / "wide.pt")
-    assert_fails(capsys, 1, "average checkpoints of one model", "--inputs", run_dir / "checkpoint1.pt", wide, *out)
+    message = (
+        f"{wide}: encoder.layers.0.fc1.weight is (32, 16), and (24, 16) in {one}; average checkpoints of one model"
+    )
+    assert_fails(capsys, 1, message, "--inputs", one, one, wide, *out)
     assert not (tmp_path / "a.pt").exists()

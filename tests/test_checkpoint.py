@@ -211,6 +211,24 @@ def test_the_best_of_another_metric_does_not_count(toy_databin, tmp_path, caplog
     assert len(said) == (not reset)
 
 
+@pytest.mark.parametrize(
+    ("extra", "epoch"),
+    [
+        (None, 1),
+        ({}, 1),
+        ({"train_iterator": {"epoch": 4}}, 4),
+        ({"train_iterator": {"epoch": 3, "iterations_in_epoch": EPOCH}}, 4),  # an epoch that has been done
+    ],
+)
+def test_what_others_say_of_where_training_stood(toy_databin, tmp_path, extra, epoch):
+    """What is not said begins anew; updates are counted with the optimiser's state."""
+    train(toy_databin, tmp_path, "--max-update", 2)
+    torch.save(last(tmp_path) | {"extra_state": extra}, tmp_path / LAST)
+    lines = train(toy_databin, tmp_path, "--max-epoch", epoch)
+    assert [line["epoch"] for line in lines if "train_loss" in line] == [epoch]
+    assert list(updates(lines)) == list(range(3, 3 + EPOCH))
+
+
 def test_finetuning_takes_the_parameters_alone(toy_databin, tmp_path):
     train(toy_databin, tmp_path / "first", "--max-epoch", 1)
     source = tmp_path / "first" / LAST

@@ -91,6 +91,19 @@ def test_loss_scaler_tolerates_a_share_of_overflows():
     assert scales == [8, 8, 8, 8, 8, 4, 2, 2]
 
 
+def test_shares_of_overflows_count_from_the_last_change():
+    scaler = DynamicLossScaler(init_scale=8, scale_window=100, tolerance=0.5)
+    for overflow in (0, 0, 0, 1, 1, 1, 0, 0, 0, 1):
+        scaler.update(bool(overflow))
+    assert scaler.scale == 4  # halved once, at 3/6; after that 1/4
+    scaler = DynamicLossScaler(init_scale=8, scale_window=2, tolerance=0.5)
+    scales = []
+    for overflow in (0, 0, 0, 1):
+        scaler.update(bool(overflow))
+        scales.append(scaler.scale)
+    assert scales == [8, 16, 16, 8]  # 1/2 since it was doubled
+
+
 def test_loss_scaler_threshold_and_state():
     scaler = DynamicLossScaler(init_scale=4, scale_window=2, threshold=2)
     for _ in range(5):

@@ -350,6 +350,7 @@ def test_admin_checkpoint_is_complete(toy_databin, tmp_path, cwd, capsys):
     parts += train(toy_databin, tmp_path / "parts", *flags, "--max-update", 9)
     assert updates(parts) == updates(whole)
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
+    assert last(tmp_path / "parts")["extra_state"]["omega"] == last(tmp_path / "whole")["extra_state"]["omega"]
     omega = last(tmp_path / "parts")["model"]["decoder.layers.0.encoder_ratio_change"]
     assert omega.unique().numel() > 1  # it is trained
     path = tmp_path / "parts" / "checkpoint_last.pt"
