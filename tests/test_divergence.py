@@ -27,6 +27,7 @@ from tests.training_runs import (
     files,
     last,
     load,
+    needs_sharding,
     run_updates,
     state_of,
     train,
@@ -303,7 +304,7 @@ def test_advice():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["pytorch_ddp", "fully_sharded"])
+@pytest.mark.parametrize("backend", ["pytorch_ddp", pytest.param("fully_sharded", marks=needs_sharding)])
 def test_two_processes_agree_on_where(toy_databin, tmp_path, capfd, backend):
     flags = (*TWO, "--max-epoch", 5, "--optimizer", "sgd", "--lr", "1e30", "--lr-scheduler", "fixed", "--no-save")
     with pytest.raises(SystemExit):

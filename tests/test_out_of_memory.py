@@ -38,6 +38,7 @@ from tests.training_runs import (
     files,
     last,
     logged,
+    needs_sharding,
     run_updates,
     start,
     state_of,
@@ -413,8 +414,10 @@ def test_one_process_without_memory_leaves_the_others_their_share(toy_databin, t
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "backward", "more"),
-    [("starved_c", True, ()), ("starved_d", False, ("--ddp-backend", "fully_sharded"))],
-    ids=["backward", "sharded"],
+    [
+        pytest.param("starved_c", True, (), id="backward"),
+        pytest.param("starved_d", False, ("--ddp-backend", "fully_sharded"), id="sharded", marks=needs_sharding),
+    ],
 )
 def test_what_several_processes_cannot_survive_ends_them(toy_databin, tmp_path, name, backward, more):
     starved = starved_criterion(tmp_path / "user", name, 1, 2, backward)

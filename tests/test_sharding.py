@@ -12,7 +12,18 @@ import torch.multiprocessing as mp
 from fairseq.errors import FairseqError
 from fairseq.training.sharding import gather, local, scatter_optimizer_state, shard, whole_parameters
 from tests.test_activations import backward, deep_model
-from tests.training_runs import SGD, assert_fails, assert_same, command_line, files, last, train, updates
+from tests.training_runs import (
+    CAN_SHARD,
+    SGD,
+    assert_fails,
+    assert_same,
+    command_line,
+    files,
+    last,
+    needs_sharding,
+    train,
+    updates,
+)
 
 SHARDED = ("--distributed-world-size", "2", "--ddp-backend", "fully_sharded")
 
@@ -25,6 +36,7 @@ def assert_same_losses(one: list[dict[str, float]], other: list[dict[str, float]
             assert b[number][key] == pytest.approx(value, abs=tolerance, rel=1e-4), (number, key)
 
 
+@needs_sharding
 @pytest.mark.slow
 def test_one_process_two_sharded_one_again(toy_databin, tmp_path):
     """Each resumes from the other's checkpoint, in the middle of an epoch too, and nothing tells them apart."""
@@ -44,6 +56,7 @@ def test_one_process_two_sharded_one_again(toy_databin, tmp_path):
     assert files(resumed) == files(tmp_path / "one")
 
 
+@needs_sharding
 @pytest.mark.slow
 def test_update_freq_bf16_checkpointing_and_bleu(toy_databin, tmp_path):
     """Four batches an update in one process, or two processes with two each, a dummy batch among them."""
@@ -127,7 +140,12 @@ def test_a_torch_that_adds_gradients_up_is_refused(monkeypatch):
 @pytest.mark.slow
 def test_in_each_process(tmp_path):
     """Gradients and their norm, computing with the whole, states gathered and divided again, and the memory held."""
-    mp.spawn(_in_each, (tmp_path,), nprocs=2)
+    try:
+        mp.spawn(_in_each, (tmp_path,), nprocs=2)
+    except mp.ProcessRaisedException as error:
+        if CAN_SHARD or "cannot average gradients on this device (cpu)" not in str(error):
+            raise
+        return
     (first, whole), (second, _) = (torch.load(tmp_path / str(rank)) for rank in range(2))
     assert first + second == whole
     assert max(first, second) < 0.52 * whole

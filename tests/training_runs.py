@@ -46,6 +46,8 @@ SGD = shlex.split("--optimizer sgd --lr 0.5 --lr-scheduler fixed --warmup-update
 RECIPE = ("--adam-betas", "(0.9, 0.98)", "--lr", "2e-3", "--warmup-updates", 100)  # rounding stays small here
 RECIPE += ("--dropout", 0, "--attention-dropout", 0)
 EPOCH = 7  # batches of the toy data-bin
+CAN_SHARD = torch.__version__ >= "2.11"  # older ones may refuse on the CPU: tests/test_sharding.py
+needs_sharding = pytest.mark.skipif(not CAN_SHARD, reason="before 2.11 torch may not average gradients on the CPU")
 
 
 def load_script(name: str) -> ModuleType:

@@ -218,7 +218,14 @@ def _listen(port: int) -> dist.TCPStore:
         ) from error
     listener.listen(socket.SOMAXCONN)
     port = listener.getsockname()[1]
-    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    return dist.TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        use_libuv=torch.__version__ >= "2.8",  # before, that store took no open socket
+    )
 
 
 def _worker(

@@ -47,7 +47,7 @@ def _check_averaging(device: torch.device) -> None:
             return
     raise FairseqError(
         f"--ddp-backend fully_sharded: torch {torch.__version__} cannot average gradients on this device "
-        f"({device.type}); use torch 2.13 or later, or --ddp-backend pytorch_ddp"
+        f"({device.type}); use torch 2.11 or later, or --ddp-backend pytorch_ddp"
     )
 
 
