@@ -80,6 +80,18 @@ def test_batches_that_have_few_shapes_already_are_kept():
     assert [batch.tolist() for batch in kept] == [batch.tolist() for batch in expected]
 
 
+def test_very_long_sentences_have_the_same_shapes_every_epoch():
+    src, tgt = np.random.default_rng(0).integers(1, 9000, (2, 500)).astype(np.int32)
+    plans = [_plan(src, tgt, 12, seed, max_tokens=20_000) for seed in (1, 2)]
+    shapes = [[shape for _, shape in plan] for plan in plans]
+    assert shapes[0] == shapes[1]
+    assert len(set(shapes[0])) <= 12
+    for batch, (rows, src_len, tgt_len) in plans[0] + plans[1]:
+        assert src[batch].max() <= src_len
+        assert tgt[batch].max() <= tgt_len
+        assert rows * max(src_len, tgt_len) <= 20_000
+
+
 def test_the_last_batch_has_empty_rows_rather_than_a_shape_of_its_own():
     src = np.full(21, 5, np.int32)
     [(first, shape), (second, same), *rest] = _plan(src, src, 1, max_tokens=100, rows_multiple=8)
