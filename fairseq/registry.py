@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import os
@@ -24,7 +25,10 @@ class Registry(Generic[T]):
         self._configs: dict[str, type | None] = {}
 
     def register(self, name: str, config: type | None = None) -> Callable[[T], T]:
-        """Decorator that adds an implementation under ``name``; ``config`` is a dataclass of flags it takes."""
+        """Decorator that adds an implementation under ``name``; ``config`` is a dataclass of flags of its own.
+
+        Each field is a ``fairseq.utils.flags.flag``. The implementation is called with an instance of it.
+        """
 
         def decorate(entry: T) -> T:
             self.add(name, entry, config)
@@ -33,9 +37,11 @@ class Registry(Generic[T]):
         return decorate
 
     def add(self, name: str, entry: T, config: type | None = None) -> None:
-        """Add ``entry`` under ``name``. Raises FairseqError when the name is taken."""
+        """Add ``entry`` under ``name``. Raises FairseqError when the name is taken or ``config`` is no dataclass."""
         if name in self._entries:
             raise FairseqError(f"{self.kind} '{name}' is registered twice; choose another name")
+        if config is not None and not dataclasses.is_dataclass(config):
+            raise FairseqError(f"{self.kind} '{name}': its config is no dataclass; decorate it with @dataclass")
         self._entries[name] = entry
         self._configs[name] = config
 
@@ -54,6 +60,10 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All names, sorted."""
         return sorted(self._entries)
+
+    def flag_names(self) -> set[str]:
+        """The fields of all flags dataclasses."""
+        return {field.name for config in self._configs.values() if config for field in dataclasses.fields(config)}
 
 
 ARCHITECTURES: Registry[dict[str, Any]] = Registry("architecture")  # name -> TransformerConfig fields it sets

@@ -66,6 +66,7 @@ CASES = {
     "--user-dir *: no package": [f"{RUN} --user-dir bin"],
     "--user-dir *: * on import": [f"{RUN} --user-dir user_broken"],
     "* '*' is registered twice": [f"{RUN} --user-dir user_twice"],
+    "* '*': its config is no": [f"{RUN} --user-dir user_undecorated"],
     "*: cannot read: *": [
         "preprocess -s xx -t yy --trainpref nowhere --destdir out",
         f"{INTERACTIVE} --input bin",
@@ -180,10 +181,7 @@ CASES = {
     "--share-all-embeddings needs one": [RUN.replace(" bin ", " other ") + " --share-all-embeddings"],
     "--share-all-embeddings needs --": [f"{RUN} --share-all-embeddings --decoder-embed-dim 32"],
     "unknown * '*'": [_override("init_type", '"nope"')],
-    "* does nothing with --init-type": [
-        f"{RUN} --profile-batches 2",
-        f"{RUN} --init-type adaptive --output-change linear",
-    ],
+    "* does nothing with --init-type": [f"{RUN} --profile-batches 2"],
     "--init-type * with --*-normalize": [f"{RUN} --init-type adaptive --encoder-normalize-before"],
     "--init-type looklinear": [f"{RUN} --init-type looklinear --decoder-ffn-embed-dim 25"],
     "--profile-batches": [f"{RUN} --init-type adaptive-profiling --omega-file out/omega --profile-batches 100"],
@@ -379,6 +377,9 @@ CASES = {
 ELSEWHERE = {
     "a worker process died": "test_error_processes.py::test_a_worker_that_is_killed",
     "a reading process died": "test_error_processes.py::test_a_reading_process_that_is_killed",
+    "* '*' has a flag": "test_own_rules.py::test_a_flag_that_is_there_already",
+    "checkpoint * was trained with --init-type": "test_own_rules.py::test_resuming_with_another_init_type",
+    "checkpoint *: '*' is no": "test_own_rules.py::test_a_checkpoint_with_a_value_that_the_flag_refuses",
     "checkpoint *: no permission": "test_error_processes.py::test_a_checkpoint_that_may_not_be_read",
     "--wandb-project *": "test_error_processes.py::test_weights_and_biases_refuses",
     "out of memory": "test_out_of_memory.py::test_memory_that_is_really_not_there",
@@ -416,6 +417,7 @@ def write_material(root: Path) -> None:
     for name, code in (
         ("user_broken", "import nothing_of_this_name"),
         ("user_twice", "from fairseq.registry import OPTIMIZERS\nOPTIMIZERS.add('adam', None)"),
+        ("user_undecorated", "from fairseq.registry import OPTIMIZERS\nOPTIMIZERS.add('undecorated', None, object)"),
     ):
         (root / name).mkdir()
         (root / name / "__init__.py").write_text(code + "\n")

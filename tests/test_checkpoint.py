@@ -6,7 +6,6 @@ import argparse
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -330,7 +329,7 @@ def build(**settings: object) -> Transformer:
 )
 def test_round_trip(tmp_path, settings):
     model = build(**settings)
-    args = argparse.Namespace(**asdict(model.cfg))
+    args = argparse.Namespace(**model.cfg.flat())
     torch.save({"args": args, "model": to_fairseq(model.state_dict())}, tmp_path / "model.pt")
     loaded = load_model(tmp_path / "model.pt")
     assert_same(dict(model.state_dict()), dict(loaded.state_dict()))

@@ -167,7 +167,7 @@ def test_names_and_shapes_are_fairseqs(shared):
         {"share_all_embeddings": False, "decoder_embed_dim": 24, "decoder_ffn_embed_dim": 24},
         {"layernorm_embedding": True},
         {"init_type": "deepnet"},
-        {"init_type": "adaptive-closed-form", "omega": "constant"},
+        {"init_type": "adaptive-closed-form", "rule_settings": {"omega": "constant"}},
     ],
     ids=str,
 )

@@ -45,7 +45,7 @@ SHAPES: list[dict[str, Any]] = [  # that both formats have
     {**PRE_LN, **TIED, "layernorm_embedding": True, "decoder_layers": 3},
     {"init_type": "adaptive", **TIED},
     {"init_type": "adaptive", "layernorm_embedding": True, **TIED},
-    {"init_type": "adaptive-closed-form", "omega": "constant"},
+    {"init_type": "adaptive-closed-form", "rule_settings": {"omega": "constant"}},
     {"init_type": "deepnet", **TIED},
     {"init_type": "rezero_postln", **TIED},
     {"init_type": "looklinear", "max_source_positions": 30, "max_target_positions": 40},

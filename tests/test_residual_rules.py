@@ -40,7 +40,10 @@ VARIANTS: dict[str, Settings] = {
     "pre-ln": PRE_LN,
     "pre-ln encoder": {"encoder_normalize_before": True},
     **{name: {"init_type": name} for name in TYPES},
-    "constant omega": {"init_type": "adaptive-closed-form", "omega": "constant", "output_change": "constant"},
+    "constant omega": {
+        "init_type": "adaptive-closed-form",
+        "rule_settings": {"omega": "constant", "output_change": "constant"},
+    },
 }
 SHAPES: dict[str, Settings] = {
     "plain": {},
@@ -248,7 +251,7 @@ def test_xavier_gains(init_type, gain):
 @pytest.mark.parametrize("kind", ["parameter", "constant"])
 @pytest.mark.parametrize("output_change", ["logn", "constant", "linear"])
 def test_closed_form_omega(output_change, kind):
-    model = fresh(init_type="adaptive-closed-form", output_change=output_change, omega=kind)
+    model = fresh(init_type="adaptive-closed-form", rule_settings={"output_change": output_change, "omega": kind})
     for stack, count in (("encoder", 2 * N), ("decoder", 3 * M)):
         module = model.get_submodule(stack)
         trained, kept = dict(module.named_parameters()), dict(module.named_buffers())

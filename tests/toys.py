@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +66,7 @@ def write_toy_databin(directory: Path, count: int = 10, only_source: bool = Fals
 
 def write_toy_checkpoint(model: Transformer, path: Path) -> Path:
     """As fairseq saves it, in float32, for xx-yy."""
-    args = Namespace(**asdict(model.cfg), arch="transformer", source_lang="xx", target_lang="yy", task="translation")
+    args = Namespace(**model.cfg.flat(), arch="transformer", source_lang="xx", target_lang="yy", task="translation")
     parameters = {name: tensor.float() for name, tensor in to_fairseq(model.state_dict()).items()}
     torch.save({"args": args, "model": parameters, "optimizer_history": [], "extra_state": {}}, path)
     return path

@@ -144,15 +144,17 @@ _MODEL += ["encoder_attention_heads", "decoder_attention_heads", "activation_fn"
 _DROPOUT = ["dropout", "attention_dropout", "activation_dropout"]
 
 
-def _setting(cfg: Any, name: str) -> str:
-    value = str(getattr(cfg, name))
-    return ADMIN if name == "init_type" and value == PROFILING else value  # one rule, two names
+def _settings(cfg: Any) -> dict[str, str]:
+    """What a profile depends on, by name; the rule's own settings too."""
+    own = {name: "".join(str(value).split()) for name, value in sorted(cfg.own_settings().items())}
+    values = {name: str(getattr(cfg, name)) for name in (*_MODEL, *_DROPOUT)} | own
+    return values | {"init_type": ADMIN} if cfg.init_type == PROFILING else values  # one rule, two names
 
 
 def describe(cfg: Any, conditions: str, deterministic: bool = False) -> list[str]:
     """Comment lines naming the model (a TransformerConfig) and the conditions of a profile, dropout if it was on."""
-    names = _MODEL if deterministic else [*_MODEL, *_DROPOUT]
-    model = "model: " + " ".join(f"{name}={_setting(cfg, name)}" for name in names)
+    settings = {name: value for name, value in _settings(cfg).items() if name not in _DROPOUT or not deterministic}
+    model = "model: " + " ".join(f"{name}={value}" for name, value in settings.items())
     return [model, f"profiled with: {conditions}{' dropout=off' if deterministic else ''}"]
 
 
@@ -161,13 +163,14 @@ def check_comments(profile: OmegaProfile, cfg: Any, path: str | Path) -> None:
 
     Profiles without comments pass; ``apply_profile`` still compares the numbers of sub-layers.
     """
+    own = _settings(cfg)
     for comment in profile.comments:
         if not comment.startswith("model:"):
             continue
         for setting in comment.removeprefix("model:").split():
             name, _, value = setting.partition("=")
-            if name in (*_MODEL, *_DROPOUT) and value != _setting(cfg, name):
+            if name in own and value != own[name]:
                 raise FairseqError(
-                    f"omega file {path} was profiled with {name}={value}, this model has {_setting(cfg, name)}; "
+                    f"omega file {path} was profiled with {name}={value}, this model has {own[name]}; "
                     "profile it with --init-type adaptive-profiling or name another --omega-file"
                 )

@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from fairseq.errors import FairseqError
 from fairseq.modules.dropout import Dropout
 from fairseq.registry import RESIDUAL_RULES
+from fairseq.utils.flags import flag
 
 Sublayer = Callable[[Tensor], Tensor]
 
 ADMIN, PROFILING, CLOSED_FORM = "adaptive", "adaptive-profiling", "adaptive-closed-form"  # init types with an omega
-OUTPUT_CHANGES = ("logn", "constant", "linear")
-OMEGA_KINDS = ("parameter", "constant")
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,6 @@ class ResidualSite:
     siblings: list[nn.Module] = field(default_factory=list)  # rules of this layer's earlier sub-layers
     sublayers: int = 2  # in this layer
     init_type: str = "default"
-    output_change: str = "logn"  # --output-change and --omega
-    omega: str = "parameter"
 
 
 class PostLN(nn.Module):
@@ -311,12 +308,22 @@ def default_rule(site: ResidualSite) -> nn.Module:
     return PreLN(site) if site.normalize_before else PostLN(site)
 
 
-@RESIDUAL_RULES.register(CLOSED_FORM)
-def closed_form_rule(site: ResidualSite) -> nn.Module:
+@dataclass
+class ClosedFormConfig:
+    """Flags of adaptive-closed-form."""
+
+    output_change: str = flag(
+        "logn", "growth of the output change with depth to aim at", choices=("logn", "constant", "linear")
+    )
+    omega: str = flag("parameter", "whether omega is trained", choices=("parameter", "constant"))
+
+
+@RESIDUAL_RULES.register(CLOSED_FORM, config=ClosedFormConfig)
+def closed_form_rule(site: ResidualSite, config: ClosedFormConfig) -> nn.Module:
     """Admin without profiling; see ``closed_form_omega``. Raises FairseqError with Pre-LN."""
     layers = site.encoder_layers if site.stack == "encoder" else site.decoder_layers
-    omega = closed_form_omega(layers * site.sublayers, site.output_change)
-    return AdminResidual(site, omega, trained=site.omega == "parameter")
+    omega = closed_form_omega(layers * site.sublayers, config.output_change)
+    return AdminResidual(site, omega, trained=config.omega == "parameter")
 
 
 RESIDUAL_RULES.add(ADMIN, AdminResidual)

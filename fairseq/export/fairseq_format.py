@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from fairseq.options import ExportConfig
 _KEPT = ("source_lang", "target_lang", "data", "truncate_source", "criterion", "label_smoothing", "sentence_avg")
 _DEFAULTS = {"arch": "transformer", "task": "translation", "left_pad_source": True, "left_pad_target": False}
 _HUB = {"max_tokens": None, "max_sentences": None}  # without these fairseq 0.10's from_pretrained cannot translate
-_ADMIN_SETTINGS = ("omega", "output_change")  # of the model's
 
 
 def export_fairseq(config: ExportConfig) -> list[str]:
@@ -56,10 +54,7 @@ def export_fairseq(config: ExportConfig) -> list[str]:
 def _settings(args: dict[str, Any], cfg: TransformerConfig) -> dict[str, Any]:
     """What the exported file says of the model and its languages. args: the checkpoint's settings."""
     kept = {name: args[name] for name in (*_KEPT, *_DEFAULTS) if args.get(name) is not None}
-    model = asdict(cfg)
-    if cfg.init_type in PLAIN:
-        model = {name: value for name, value in model.items() if name not in _ADMIN_SETTINGS}
-    return _HUB | _DEFAULTS | data_only(kept) | model
+    return _HUB | _DEFAULTS | data_only(kept) | cfg.flat()
 
 
 def _notes(before: TransformerConfig, after: TransformerConfig, fold: bool) -> list[str]:

@@ -25,6 +25,7 @@ from fairseq.generation.search import search_batches
 from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import Transformer
 from fairseq.options import DataConfig, GenerationConfig, ReferenceConfig, section
+from fairseq.registry import RESIDUAL_RULES
 from fairseq.utils.devices import choose_dtype
 from fairseq.utils.symbols import EOS, PAD
 
@@ -61,7 +62,8 @@ def load_ensemble(
     overrides: settings to change. One checkpoint is in memory at a time. Raises FairseqError when a setting does not
     exist, a checkpoint cannot be read, or dictionaries differ in size.
     """
-    unknown = (overrides or {}).keys() - {field.name for field in fields(TransformerConfig)}
+    settings = {field.name for field in fields(TransformerConfig)} | RESIDUAL_RULES.flag_names()
+    unknown = (overrides or {}).keys() - settings
     if unknown:
         raise FairseqError(f"model overrides: '{min(unknown)}' is no setting of a Transformer")
     if "" in paths:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fairseq.admin.residual import OMEGA_KINDS, OUTPUT_CHANGES
-from fairseq.registry import ARCHITECTURES
-from fairseq.utils.flags import default_of, flag, from_namespace
+import fairseq.admin.residual  # noqa: F401  (it registers the rules, whose flags are settings too)
+from fairseq.registry import ARCHITECTURES, RESIDUAL_RULES
+from fairseq.utils.flags import default_of, flag, from_namespace, others, parse_value
 
 ACTIVATIONS = ("relu", "gelu", "gelu_accurate", "gelu_fast", "tanh", "linear", "swish")
 
@@ -42,11 +43,8 @@ class TransformerConfig:
     no_token_positional_embeddings: bool = flag(False, "no positional embeddings")
     layernorm_embedding: bool = flag(False, "LayerNorm after the embeddings")
     no_scale_embedding: bool = flag(False, "do not multiply embeddings by sqrt(dim)")
-    output_change: str = flag(
-        "logn", "growth of the output change with depth that adaptive-closed-form aims at", choices=OUTPUT_CHANGES
-    )
-    omega: str = flag("parameter", "whether adaptive-closed-form trains omega", choices=OMEGA_KINDS)
     init_type: str = "default"
+    rule_settings: dict[str, Any] = others(RESIDUAL_RULES.flag_names)  # as given
     max_source_positions: int = 1024
     max_target_positions: int = 1024
 
@@ -55,6 +53,23 @@ class TransformerConfig:
             self.decoder_embed_dim = self.encoder_embed_dim
         if self.decoder_ffn_embed_dim is None:
             self.decoder_ffn_embed_dim = self.encoder_ffn_embed_dim
+
+    def rule_config(self) -> Any:
+        """The init type's own settings, an instance of the dataclass it is registered with; None if it has none.
+
+        Raises FairseqError when the init type is not known.
+        """
+        config = RESIDUAL_RULES.config(self.init_type)
+        return None if config is None else from_namespace(config, self.rule_settings)
+
+    def own_settings(self) -> dict[str, Any]:
+        """``rule_config`` as a dict."""
+        config = self.rule_config()
+        return {} if config is None else asdict(config)
+
+    def flat(self) -> dict[str, Any]:
+        """All settings in one dict, as flags and checkpoints have them; ``from_namespace`` reads it back."""
+        return {name: value for name, value in asdict(self).items() if name != "rule_settings"} | self.own_settings()
 
 
 def register_architecture(name: str, **settings: Any) -> None:
@@ -67,10 +82,24 @@ def register_architecture(name: str, **settings: Any) -> None:
 
 
 def resolve_architecture(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """All TransformerConfig fields: what ``given`` names, else preset ``name``'s value, else the default."""
+    """The architecture's settings: what ``given`` names, else preset ``name``'s value, else the default."""
     preset = ARCHITECTURES.get(name)
     defaults = {field.name: default_of(field) for field in fields(TransformerConfig)}
-    return asdict(from_namespace(TransformerConfig, defaults | preset | _known(given)))
+    resolved = asdict(from_namespace(TransformerConfig, defaults | preset | _known(given)))
+    del resolved["rule_settings"]  # no architecture has them
+    return resolved
+
+
+def left_open(args: Namespace, stored: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the init type's own that no flag gave and a checkpoint has. args: flags; stored: its settings.
+
+    Raises ValueError for a value that the flag would refuse.
+    """
+    config = RESIDUAL_RULES.config(args.init_type)
+    if config is None:
+        return {}
+    flags = [field.name for field in fields(config) if "help" in field.metadata]
+    return {name: parse_value(config, name, stored[name]) for name in flags if name in stored and name not in args}
 
 
 def _known(given: dict[str, Any]) -> dict[str, Any]:

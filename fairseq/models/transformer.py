@@ -42,7 +42,7 @@ def build_embedding(num_embeddings: int, embed_dim: int) -> nn.Embedding:
 
 def _build_residuals(cfg: TransformerConfig, stack: str, layer: int, branches: list[nn.Module]) -> list[nn.Module]:
     """The residual rules of one layer's sub-layers ``branches``, in order."""
-    rule = RESIDUAL_RULES.get(cfg.init_type)
+    rule, config = RESIDUAL_RULES.get(cfg.init_type), cfg.rule_config()
     encoder = stack == "encoder"
     residuals: list[nn.Module] = []
     for branch in branches:
@@ -57,10 +57,8 @@ def _build_residuals(cfg: TransformerConfig, stack: str, layer: int, branches: l
             siblings=list(residuals),
             sublayers=len(branches),
             init_type=cfg.init_type,
-            output_change=cfg.output_change,
-            omega=cfg.omega,
         )
-        residual = rule(site)
+        residual = rule(site) if config is None else rule(site, config)
         if hasattr(residual, "init_branch"):
             residual.init_branch(branch)
         residuals.append(residual)

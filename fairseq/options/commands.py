@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,15 +34,16 @@ from fairseq.options.training import (
     TrainLogConfig,
     ValidationConfig,
 )
-from fairseq.registry import CRITERIONS, LR_SCHEDULERS, OPTIMIZERS, Registry, import_user_dir
-from fairseq.utils.flags import add_flags, flags_of, from_namespace
+from fairseq.registry import CRITERIONS, LR_SCHEDULERS, OPTIMIZERS, RESIDUAL_RULES, Registry, import_user_dir
+from fairseq.utils.flags import add_flags, flags_of, from_namespace, spellings_of
 
 Sections: TypeAlias = tuple[tuple[type, str], ...]  # dataclasses, each with the title of its group in --help
 
-COMPONENTS: tuple[tuple[str, Registry[Any], str], ...] = (
-    ("criterion", CRITERIONS, "criterion"),
-    ("optimizer", OPTIMIZERS, "optimiser"),
-    ("lr_scheduler", LR_SCHEDULERS, "learning-rate schedule"),
+COMPONENTS: tuple[tuple[str, Registry[Any]], ...] = (
+    ("criterion", CRITERIONS),
+    ("optimizer", OPTIMIZERS),
+    ("lr_scheduler", LR_SCHEDULERS),
+    ("init_type", RESIDUAL_RULES),
 )
 
 TRAIN_SECTIONS: Sections = (
@@ -125,10 +126,19 @@ def parse_args(
     return args
 
 
-def _load_user_dir(argv: list[str] | None) -> None:
+def _before_parsing(argv: list[str] | None, option: str, default: Any = None) -> Any:
+    """The value of a flag that the parser depends on. A wrong one is said when the parser is complete."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--user-dir")
-    import_user_dir(first.parse_known_args(argv)[0].user_dir)
+    first.add_argument(option, nargs="?", default=default, dest="value")
+    return first.parse_known_args(argv)[0].value
+
+
+def _wants_help(argv: list[str] | None) -> bool:
+    return any(argument in ("-h", "--help") for argument in (sys.argv[1:] if argv is None else argv))
+
+
+def _load_user_dir(argv: list[str] | None) -> None:
+    import_user_dir(_before_parsing(argv, "--user-dir"))
 
 
 def check_result_name(parser: argparse.ArgumentParser, name: str) -> None:
@@ -147,6 +157,10 @@ def parse_clinic_args(prog: str, description: str, sections: Sections, argv: lis
     if (ClinicDepthConfig, "depth") in sections:
         said_otherwise |= {"encoder_layers", "decoder_layers"}
     shape = add_flags(parser, TransformerConfig, "architecture", suppress_defaults=True, skip=said_otherwise)
+    models = _before_parsing(argv, "--models", "")
+    wants_help = _wants_help(argv)
+    wanted = RESIDUAL_RULES.names() if wants_help else models.split(",")
+    shape |= _add_component_flags(parser, RESIDUAL_RULES, wanted, "--models", suppress_defaults=not wants_help)
     args = parser.parse_args(argv)
     given = [name for name in ("models", *sorted(shape)) if getattr(args, name, None) is not None]
     if getattr(args, "path", None) and given:
@@ -164,7 +178,7 @@ def parse_train_args(
 ) -> argparse.Namespace:
     """Parse ``fairseq-train``'s flags; the chosen architecture fills in what the user left open.
 
-    Only the flags of the chosen optimiser, schedule and criterion are accepted; ``--help`` lists all of them.
+    Only the flags of the chosen optimiser, schedule, criterion and init type are accepted; ``--help`` lists them all.
     Exits with status 2 on a usage error; raises FairseqError when ``--user-dir`` fails.
     """
     from fairseq import criterions, optim  # noqa: F401  (they register themselves)
@@ -174,23 +188,14 @@ def parse_train_args(
     _load_user_dir(argv)
     parser = make_parser(prog, description, TRAIN_SECTIONS)
     taken = set(vars(parser.parse_known_args(["-"])[0]))
-    taken |= add_flags(parser, TransformerConfig, "architecture", suppress_defaults=True, skip=taken)
-    wants_help = any(a in ("-h", "--help") for a in argv)
-    # An error must not be reported before the parser is complete, so the choice is read by a bare parser.
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, _, _ in COMPONENTS:
-        chooser.add_argument("--" + name.replace("_", "-"), nargs="?", default=getattr(ComponentConfig, name))
-    chosen = chooser.parse_known_args(argv)[0]
-    for name, registry, title in COMPONENTS:
-        for entry in registry.names():
-            config = registry.config(entry)
-            if config is None:
-                continue
-            if wants_help or entry == getattr(chosen, name):
-                taken |= add_flags(parser, config, f"{title} {entry}", skip=taken)
-            else:
-                option = f"--{name.replace('_', '-')}"
-                parser.others |= dict.fromkeys(flags_of(config), f"{option} {entry}")
+    add_flags(parser, TransformerConfig, "architecture", suppress_defaults=True, skip=taken)
+    wants_help = _wants_help(argv)
+    for name, registry in COMPONENTS:
+        option = f"--{name.replace('_', '-')}"
+        chosen = _before_parsing(argv, option, getattr(ComponentConfig, name))
+        # a rule's flags that are not given are left open: the checkpoint that is resumed from may say them
+        left_open = registry is RESIDUAL_RULES and not wants_help
+        _add_component_flags(parser, registry, registry.names() if wants_help else [chosen], option, left_open)
     args = parser.parse_args(argv)
     _check_init_type_flags(parser, args)
     vars(args).update(resolve_architecture(args.arch, vars(args)))
@@ -199,19 +204,44 @@ def parse_train_args(
     return args
 
 
+def _add_component_flags(
+    parser: Parser, registry: Registry[Any], wanted: Collection[str], chooser: str, suppress_defaults: bool = False
+) -> set[str]:
+    """Add the flags of the parts ``wanted`` of a registry; of the others, ``parser`` tells whose they are.
+
+    chooser: the flag that chooses among the parts. Returns the names added. Raises FairseqError when a part has a flag
+    that is there already; parts of one registry may share theirs.
+    """
+    taken = parser.taken()
+    added: set[str] = set()
+    for entry in registry.names():
+        config = registry.config(entry)
+        if config is None:
+            continue
+        clash = sorted(taken.intersection(spellings_of(config)))
+        if clash:
+            raise FairseqError(
+                f"{registry.kind} '{entry}' has a flag {clash[0]} of its own, which {parser.prog} has already; "
+                "give it another name"
+            )
+        if entry in wanted:
+            title = f"{registry.kind} {', '.join(name for name in registry.names() if registry.config(name) is config)}"
+            added |= add_flags(parser, config, title, suppress_defaults=suppress_defaults, skip=added)
+        else:
+            parser.others |= dict.fromkeys(flags_of(config), f"{chooser} {entry}")
+    return added
+
+
 def _check_init_type_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what would do nothing. args: before the architecture has filled in what was not given."""
-    from fairseq.admin.residual import ADMIN, CLOSED_FORM, measures_omega  # torch, which preprocess does without
+    from fairseq.admin.residual import ADMIN, measures_omega  # torch, which preprocess does without
 
-    measures, closed_form = measures_omega(args.init_type), args.init_type == CLOSED_FORM
-    for given, flag_name, works, init_type in (
-        (args.profile_batches != 1, "--profile-batches", measures, ADMIN),
-        (args.profile_deterministic, "--profile-deterministic", measures, ADMIN),
-        ("output_change" in args, "--output-change", closed_form, CLOSED_FORM),
-        ("omega" in args, "--omega", closed_form, CLOSED_FORM),
+    for given, flag_name in (
+        (args.profile_batches != 1, "--profile-batches"),
+        (args.profile_deterministic, "--profile-deterministic"),
     ):
-        if given and not works:
-            parser.error(f"{flag_name} does nothing with --init-type {args.init_type}; it is for {init_type}")
+        if given and not measures_omega(args.init_type):
+            parser.error(f"{flag_name} does nothing with --init-type {args.init_type}; it is for {ADMIN}")
 
 
 def _check_precision(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

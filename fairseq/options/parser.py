@@ -59,6 +59,11 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown) + self._advice(unknown)}")
         return known
 
+    def taken(self) -> set[str]:
+        """What no other flag may be called: all flags, those in ``others``, and positional arguments as flags."""
+        positional = {f"--{action.dest.replace('_', '-')}" for action in self._actions}
+        return {*self._option_string_actions, *self.others, *positional}
+
     def format_usage(self) -> str:
         """One line."""
         self._shorten_usage()

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fairseq import admin
 from fairseq.admin.residual import measures_omega
-from fairseq.checkpoint import check_languages, load_parameters, starting_omega
+from fairseq.checkpoint import check_languages, load_parameters, model_config, starting_omega
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
+from fairseq.models.config import TransformerConfig, left_open
 from fairseq.models.state_dict import from_fairseq, to_fairseq
 from fairseq.models.transformer import Transformer
 from fairseq.options import LAST, CheckpointConfig, section
@@ -36,6 +37,25 @@ from fairseq.training.validation import ValidationInterrupted, Validator
 from fairseq.utils.memory import peak_memory
 
 logger = logging.getLogger("fairseq.train")
+
+
+def _with_own_settings(args: Namespace, stored: dict[str, Any], model: Transformer, path: Path | None) -> Transformer:
+    """``model``, made anew where a checkpoint's settings of the init type's own, in ``stored``, are to be taken over.
+
+    Those that a flag gave are not. ``args`` is completed.
+    """
+    try:
+        found = left_open(args, stored)
+    except ValueError as error:
+        raise FairseqError(f"checkpoint {path}: {error}") from None
+    if not found:
+        return model
+    vars(args).update(found)
+    logger.info(f"{', '.join(f'{name} {value}' for name, value in found.items())}: as in {path}")
+    cfg = section(TransformerConfig, args)
+    if cfg.own_settings() == model.cfg.own_settings():
+        return model
+    return Transformer(cfg, *(stack.embed_tokens.num_embeddings for stack in (model.encoder, model.decoder)))
 
 
 class TrainingRun:
@@ -75,10 +95,19 @@ class TrainingRun:
         if state is not None:
             found = args.restore_file == LAST and not parameters_only  # rather than asked for
             otherwise = ", or start afresh with another --save-dir" if found else ""
-            load_parameters(model, from_fairseq(state["model"]), str(path), otherwise)
+            parameters = from_fairseq(state["model"])
+            init_type = model_config(state["args"], parameters).init_type
+            if init_type != args.init_type:
+                raise FairseqError(
+                    f"checkpoint {path} was trained with --init-type {init_type}, not {args.init_type}; "
+                    f"give that{otherwise}"
+                )
+            model = _with_own_settings(args, state["args"], model, path)
+            load_parameters(model, parameters, str(path), otherwise)
             require_finite(model.named_parameters(), f"checkpoint {path}")
         elif measures_omega(args.init_type):
             start_omega(args, model, itr, world)
+        vars(args).update(model.cfg.own_settings())  # checkpoints keep the defaults too
         self.omega = admin.current_profile(model)  # at the start of training
         self.trainer = Trainer(args, model, world)
         self.trainer.dummy_batch = itr.first_batch

@@ -55,6 +55,14 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def others(names: Callable[[], Iterable[str]]) -> Any:
+    """A dataclass field for the flags that are another dataclass's: ``from_namespace`` fills it with those it is given.
+
+    names: lists them. The field is a dict, of what was given alone.
+    """
+    return dataclasses.field(default_factory=dict, metadata={"others": names})
+
+
 def same_flag(config: type, name: str) -> Any:
     """The flag that field ``name`` of dataclass ``config`` declares, as a field of another dataclass."""
     field = next(field for field in dataclasses.fields(config) if field.name == name)
@@ -187,6 +195,13 @@ def flags_of(config: type) -> list[str]:
     return [_spelling(field.name) for field in dataclasses.fields(config) if "help" in field.metadata]
 
 
+def spellings_of(config: type) -> list[str]:
+    """All that may be typed for the flags of dataclass ``config``, aliases and ``--no-NAME`` too."""
+    flags = [field for field in dataclasses.fields(config) if "help" in field.metadata]
+    off = [f"--no-{_spelling(field.name)[2:]}" for field in flags if field.metadata["switch"]]
+    return [*flags_of(config), *off, *(alias for field in flags for alias in field.metadata["aliases"])]
+
+
 def _spelling(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -222,8 +237,12 @@ def parse_value(config: type, name: str, value: Any) -> Any:
     if value is None and type(None) in typing.get_args(hint):
         return None
     [field] = (field for field in dataclasses.fields(config) if field.name == name)
+    choices = field.metadata["choices"]
     try:
-        return _bounded(_parser_of(hint), *field.metadata["bounds"])(str(value))
+        parsed = _bounded(_parser_of(hint), *field.metadata["bounds"])(str(value))
+        if choices and parsed not in (choices() if callable(choices) else choices):
+            raise ValueError
+        return parsed
     except (ValueError, argparse.ArgumentTypeError):
         raise ValueError(f"'{str(value)[:60]}' is no {name}") from None
 
@@ -241,6 +260,9 @@ def from_namespace(config: type[C], namespace: argparse.Namespace | dict[str, An
     given = namespace if isinstance(namespace, dict) else vars(namespace)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        if "others" in field.metadata:
+            values[field.name] = {name: given[name] for name in field.metadata["others"]() if name in given}
+            continue
         names = [field.name, *(a.lstrip("-").replace("-", "_") for a in field.metadata.get("aliases", ()))]
         for name in names:
             if name in given and len(name) > 1:

@@ -94,7 +94,7 @@ def _model() -> Transformer:
 
 
 def _checkpoint() -> dict[str, Any]:
-    settings = Namespace(**vars(_model().cfg), source_lang="xx", target_lang="yy", user_dir="/no")
+    settings = Namespace(**_model().cfg.flat(), source_lang="xx", target_lang="yy", user_dir="/no")
     return {
         "args": settings,
         "model": to_fairseq(_model().state_dict()),
@@ -414,7 +414,7 @@ def _check_json_flags(folder: Path, data: bytes) -> None:
         search = generation_config(args.eval_bleu_args)
         search.max_len_a, search.max_len_b = min(search.max_len_a, 1.0), min(search.max_len_b, 2)
         translate_ids([_model()], [torch.tensor([4, 5, 2])], search)
-    state = {"args": vars(_model().cfg), "model": to_fairseq(_model().state_dict())}
+    state = {"args": _model().cfg.flat(), "model": to_fairseq(_model().state_dict())}
     build_from_checkpoint(state, "model.pt", args.model_overrides)
 
 
