@@ -195,6 +195,7 @@ def test_check_of_a_shallow_model(toy_databin, capsys):
     assert lines[0] == f"model: Post-LN, 2L-2L, {sum(p.numel() for p in model.parameters()):,} parameters"
     tokens = int(re.search(r"the first batch, (\d+) target tokens", lines[1])[1])  # type: ignore[index]
     assert 32 < tokens <= 64
+    assert lines[3].startswith("learning rate: the verdict leaves out yours, 0.01 after 5 updates of warm-up. Known: ")
 
 
 @pytest.mark.slow
@@ -213,7 +214,7 @@ def test_check_says_what_it_does_not_know(toy_databin, capsys):
 
 
 def test_check_near_the_limit():
-    close = check.Diagnosis("B2T", (8, 8), 1, 1, 1, 1, change=check.THRESHOLD, reference=1.0)
+    close = check.Diagnosis("B2T", (8, 8), 1, 1, 1, 1, change=check.THRESHOLD, reference=1.0, lr=1e-3, warmup=9)
     assert close.trains and close.verdict.startswith("near the limit, may train poorly; --init-type adaptive or fewer")
 
 

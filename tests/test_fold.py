@@ -32,7 +32,7 @@ SHAPES: list[dict[str, Any]] = [
     {"layernorm_embedding": True, "share_all_embeddings": True},
     {"layernorm_embedding": True, "decoder_embed_dim": 24, "no_token_positional_embeddings": True},
     {"init_type": "adaptive-closed-form", "share_all_embeddings": True},
-    {"init_type": "adaptive-closed-form", "omega": "constant"},
+    {"init_type": "adaptive-closed-form", "rule_settings": {"omega": "constant"}},
     {"init_type": "deepnet", "share_all_embeddings": True},
     {"init_type": "looklinear", "share_all_embeddings": True},
     {"init_type": "rezero_postln", "share_all_embeddings": True},

@@ -149,7 +149,7 @@ def _branch_scale(sublayer: _Sublayer) -> float:
 
 def _plain_config(cfg: TransformerConfig, encoder_scaled: bool, decoder_scaled: bool) -> TransformerConfig:
     """The folded model's settings. encoder_scaled, decoder_scaled: whether omega of the first sub-layer is not 1."""
-    cfg = replace(cfg, init_type="default")
+    cfg = replace(cfg, init_type="default", rule_settings={})
     if cfg.layernorm_embedding:  # it takes omega, and the embeddings stay
         return cfg
     tied_output = cfg.share_all_embeddings or cfg.share_decoder_input_output_embed

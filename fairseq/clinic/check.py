@@ -28,6 +28,11 @@ from fairseq.utils.symbols import PAD
 # section "The threshold of check" in docs/clinic.md for the runs behind it.
 THRESHOLD = 1.5
 NEAR = 1.2  # from here to the threshold, training may go badly
+# What is known of learning rates; no measure of the start tells models that train at one from those that fail
+KNOWN_RATES = (
+    "at 64 dimensions Post-LN 6L-6L learned at 3e-3 and not at 6e-3, 12L-12L at 1e-3 and not at 2e-3, 18L-18L hardly "
+    "at 3e-4; Admin 18L-18L at 6e-3 and not at 1.2e-2, Pre-LN 18L-18L at 6e-3"
+)
 WIDTH = 64  # of the stand-in
 SEEDS = (3, 12)  # fewest and most stand-ins to average over; very deep ones are few, to answer within a minute
 LAYERS_MEASURED = 432
@@ -39,7 +44,7 @@ MOMENTS = {"adam": 2, "radam": 2}  # numbers that an optimiser keeps for a param
 class Diagnosis:
     """parameters: trained ones. state_bytes: parameters, gradients and the optimiser's state; activation_bytes: what
     the first batch, of ``tokens`` target tokens, keeps for the backward pass. change: the stand-in's output change;
-    reference: 6L-6L Post-LN's.
+    reference: 6L-6L Post-LN's. lr: the highest of ``--lr``; warmup: updates.
     """
 
     label: str
@@ -50,6 +55,8 @@ class Diagnosis:
     tokens: int
     change: float
     reference: float
+    lr: float
+    warmup: int
 
     @property
     def ratio(self) -> float:
@@ -75,7 +82,7 @@ class Diagnosis:
 
 
 def diagnose(cfg: TransformerConfig, vocabularies: tuple[int, int], batch: Any, args: Namespace) -> Diagnosis:
-    """batch: the first training batch, on the CPU. args: fairseq-train's, of which optimizer, fp16 and bf16 matter."""
+    """batch: the first training batch, on the CPU. args: fairseq-train's, of which optimiser and precision matter."""
     parameters, activations = count_memory(cfg, vocabularies, batch["net_input"], batch["target"])
     if args.fp16 or args.bf16:
         activations //= 2
@@ -91,6 +98,8 @@ def diagnose(cfg: TransformerConfig, vocabularies: tuple[int, int], batch: Any, 
         tokens=batch["ntokens"],
         change=output_change(cfg, vocabularies, inputs),
         reference=output_change(post_ln, vocabularies, inputs),
+        lr=max(args.lr),
+        warmup=getattr(args, "warmup_updates", 0),
     )
 
 
@@ -165,6 +174,8 @@ def as_text(diagnosis: Diagnosis) -> str:
         f"{_size(diagnosis.activation_bytes)} activations of the first batch, {diagnosis.tokens:,} target tokens",
         f"output change at the start: {diagnosis.ratio:.2f} times that of a 6L-6L Post-LN Transformer "
         f"(limit {THRESHOLD})",
+        f"learning rate: the verdict leaves out yours, {diagnosis.lr:g} after {diagnosis.warmup} updates of warm-up. "
+        f"Known: {KNOWN_RATES}",
     ]
     return "\n".join([*lines, f"verdict: {diagnosis.verdict}"])
 

@@ -6,7 +6,7 @@ import os
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,10 +22,9 @@ from fairseq.generation.beam_search import Sources
 from fairseq.generation.history import Hypothesis
 from fairseq.generation.score_reference import score_reference
 from fairseq.generation.search import search_batches
-from fairseq.models.config import TransformerConfig
+from fairseq.models.config import setting_names
 from fairseq.models.transformer import Transformer
 from fairseq.options import DataConfig, GenerationConfig, ReferenceConfig, section
-from fairseq.registry import RESIDUAL_RULES
 from fairseq.utils.devices import choose_dtype
 from fairseq.utils.symbols import EOS, PAD
 
@@ -62,8 +61,7 @@ def load_ensemble(
     overrides: settings to change. One checkpoint is in memory at a time. Raises FairseqError when a setting does not
     exist, a checkpoint cannot be read, or dictionaries differ in size.
     """
-    settings = {field.name for field in fields(TransformerConfig)} | RESIDUAL_RULES.flag_names()
-    unknown = (overrides or {}).keys() - settings
+    unknown = (overrides or {}).keys() - setting_names()
     if unknown:
         raise FairseqError(f"model overrides: '{min(unknown)}' is no setting of a Transformer")
     if "" in paths:

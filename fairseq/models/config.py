@@ -90,6 +90,11 @@ def resolve_architecture(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return resolved
 
 
+def setting_names() -> set[str]:
+    """What ``TransformerConfig.flat`` may have."""
+    return {field.name for field in fields(TransformerConfig)} - {"rule_settings"} | RESIDUAL_RULES.flag_names()
+
+
 def left_open(args: Namespace, stored: dict[str, Any]) -> dict[str, Any]:
     """The settings of the init type's own that no flag gave and a checkpoint has. args: flags; stored: its settings.
 
