@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-from dataclasses import fields
 
 import pytest
 
 from fairseq.admin.omega import OmegaProfile
-from fairseq.models.config import TransformerConfig
+from fairseq.models.config import TransformerConfig, setting_names
 from fairseq.options import parse_train_args
-from fairseq.registry import ARCHITECTURES, CRITERIONS, LR_SCHEDULERS, OPTIMIZERS, import_user_dir
+from fairseq.registry import ARCHITECTURES, CRITERIONS, LR_SCHEDULERS, OPTIMIZERS, RESIDUAL_RULES, import_user_dir
 from fairseq.utils.flags import from_namespace
 from tests.training_runs import ROOT, assert_fails, command_line, last, logged, train
 
@@ -275,13 +274,13 @@ def test_help_of_train_has_every_component(capsys):
     with pytest.raises(SystemExit):
         parse_train_args(["--help"])
     text = capsys.readouterr().out
-    for registry in (ARCHITECTURES, OPTIMIZERS, LR_SCHEDULERS, CRITERIONS):
+    for registry in (ARCHITECTURES, OPTIMIZERS, LR_SCHEDULERS, CRITERIONS, RESIDUAL_RULES):
         for name in registry.names():
             assert name in text
     for flag_name in ("--adam-betas", "--momentum", "--clip-threshold", "--warmup-updates", "--t-mult", "--power"):
         assert flag_name in text
-    for field in fields(TransformerConfig):
-        assert "--" + field.name.replace("_", "-") in text
+    for name in setting_names():
+        assert "--" + name.replace("_", "-") in text
 
 
 # -- user code
