@@ -132,7 +132,10 @@ def test_step_by_step(settings, shape):
 
 def command_flags(settings: Settings) -> list[object]:
     """The model settings as flags of the command line."""
-    pairs = [("--" + name.replace("_", "-"), value) for name, value in settings.items()]
+    flat = {name: value for name, value in settings.items() if name != "rule_settings"} | settings.get(
+        "rule_settings", {}
+    )
+    pairs = [("--" + name.replace("_", "-"), value) for name, value in flat.items()]
     return [word for flag, value in pairs for word in ((flag,) if value is True else (flag, value))]
 
 
