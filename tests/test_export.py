@@ -295,9 +295,10 @@ def test_user_dir(tmp_path, capsys):
         "class Mine(PostLN):\n    pass\n\n"
         "RESIDUAL_RULES.add('exported_mine', Mine)\n"
     )
-    model = admin_model(init_type="default")
-    model.cfg.init_type = "exported_mine"
-    path = write_toy_checkpoint(model, tmp_path / "mine.pt")
+    path = write_toy_checkpoint(admin_model(init_type="default"), tmp_path / "mine.pt")
+    state = torch.load(path, weights_only=False)
+    state["args"].init_type = "exported_mine"
+    torch.save(state, path)
     assert_fails(capsys, 1, "unknown init type 'exported_mine'", path, "--output", tmp_path / "out")
     flags = ("--user-dir", package, "--output", tmp_path / "out")
     export(path, *flags)
