@@ -78,7 +78,7 @@ def native(args: argparse.Namespace, one: Row, sources: list[Tensor], device: st
     if one["search"] == "reference":
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         reference_search = importlib.import_module("tests.reference_search").reference_search
-        translate.search_batches = lambda models, batches, cfg, check=None, **options: (
+        translate.search_batches = lambda models, batches, cfg, check=None, threads=None, **options: (
             reference_search(models, batch.src_tokens, cfg, **options) for batch in batches
         )
     precision = one["precision"]

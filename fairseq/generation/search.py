@@ -1,12 +1,16 @@
-"""The search over batches, one after the other.
+"""The search over batches: one after the other, or on a CPU several at a time.
 
-The few sentences of a batch that go on for long wait, and are then gone on with together.
+The few sentences of a batch that go on for long wait, and are then gone on with together. On a CPU, threads that each
+search with one core do more than one search that divides every operation among the cores: see docs/performance.md.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -19,6 +23,10 @@ from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
 
 WAITING_SHARE = 4  # the last quarter of a batch's sentences wait
+MOST_THREADS = 8  # Python itself runs in one of them at a time
+MOST_ROWS, MOST_TOKENS = 12000, 12000  # hypotheses and source tokens in all threads
+ALL = 2**62
+ROWS = 640  # hypotheses in each of several threads: with more, fewer have work, and none is faster
 
 Found = list[list[Hypothesis]]  # of each sentence, best first
 
@@ -106,16 +114,102 @@ def search_batches(
     seed: int = 1,
     need_attn: bool = False,
     check: Callable[[], None] | None = None,
+    threads: int | None = None,
 ) -> Iterator[Found]:
     """What ``beam_search`` finds in each batch, in order, but faster: several are read before the first is yielded.
 
-    check: called every few steps; what it raises ends the search.
+    check: called every few steps, in any of the threads; what it raises ends the search. threads: on a CPU, at most so
+    many search at a time (None: as many as torch has), each a part of a batch; with 1, batches stay whole and every
+    operation has all of torch's threads.
     """
     check_generation_config(cfg, models[0].decoder.output_projection.out_features)
-    search = _Search(models, cfg, seed, need_attn, check or (lambda: None))
-    for number, sources in enumerate(batches):
-        yield from (found for _, found in search.add(number, sources))
-    yield from (found for _, found in search.finish())
+    on_cpu = next(models[0].parameters()).device.type == "cpu"
+    threads = torch.get_num_threads() if threads is None else threads
+    threads = max(1, min(threads, MOST_THREADS, MOST_ROWS // cfg.beam)) if on_cpu else 1
+    stop = threading.Event()
+
+    def stop_or_check() -> None:
+        if stop.is_set():
+            raise CancelledError
+        if check is not None:
+            check()
+
+    counts: deque[int] = deque()  # of each batch's parts
+    most = ALL, ALL  # a GPU's memory says itself when it is full; the host's ends the process
+    if on_cpu:
+        most = (ROWS, MOST_TOKENS // threads) if threads > 1 else (MOST_ROWS, ALL)
+    parts = chain.from_iterable(_parts(sources, most[0] // cfg.beam, most[1], counts) for sources in batches)
+    first = list(islice(parts, threads))  # what there is to do decides how many threads do it
+    searches = [_Search(models, cfg, seed, need_attn, stop_or_check) for _ in range(max(1, len(first)))]
+    numbered = enumerate(chain(first, parts))
+    done: dict[int, Found] = {}
+    start = 0
+    for number, found in (
+        _in_turn(searches[0], numbered) if len(searches) == 1 else _in_threads(searches, numbered, stop)
+    ):
+        done[number] = found
+        while counts and all(i in done for i in range(start, start + counts[0])):
+            end = start + counts.popleft()
+            yield [hypotheses for i in range(start, end) for hypotheses in done.pop(i)]
+            start = end
+
+
+def _parts(sources: Sources, most_sentences: int, most_tokens: int, counts: deque[int]) -> list[Sources]:
+    """A batch in parts of like size, none larger than that unless of one sentence. counts: their number is added."""
+    sentences, src_len = sources.src_tokens.shape
+    most = max(1, min(most_sentences, most_tokens // max(src_len, 1)))
+    size = max(1, -(-sentences // max(1, -(-sentences // most))))
+    src_tokens = sources.src_tokens.split(size)
+    counts.append(len(src_tokens))
+    ids = range(sentences) if sources.ids is None else sources.ids
+    prefixes = [None] * len(src_tokens) if sources.prefix_tokens is None else sources.prefix_tokens.split(size)
+    return [
+        Sources(x, ids[i * size : (i + 1) * size], p) for i, (x, p) in enumerate(zip(src_tokens, prefixes, strict=True))
+    ]
+
+
+def _in_turn(search: _Search, batches: Iterable[tuple[int, Sources]]) -> Iterator[tuple[int, Found]]:
+    for number, sources in batches:
+        yield from search.add(number, sources)
+    yield from search.finish()
+
+
+def _in_threads(
+    searches: Sequence[_Search], batches: Iterable[tuple[int, Sources]], stop: threading.Event
+) -> Iterator[tuple[int, Found]]:
+    """A thread a search, which share the batches and torch's threads. stop: set in the end, it ends what still runs."""
+    threads = torch.get_num_threads()
+    autocast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")  # a thread has its own
+    free = deque(searches)
+
+    def run(number: int, sources: Sources) -> list[tuple[int, Found]]:
+        search = free.popleft()
+        try:
+            with torch.autocast("cpu", *autocast):
+                return search.add(number, sources)
+        finally:
+            free.append(search)
+
+    def finish(search: _Search) -> list[tuple[int, Found]]:
+        with torch.autocast("cpu", *autocast):
+            return search.finish()
+
+    count = len(searches)
+    pool = ThreadPoolExecutor(count, "search", torch.set_num_threads, (max(1, threads // count),))
+    running: deque[Future[list[tuple[int, Found]]]] = deque()
+    try:
+        for number, sources in batches:
+            running.append(pool.submit(run, number, sources))
+            if len(running) == 2 * count:  # so that none waits for the oldest
+                yield from running.popleft().result()
+        while running:
+            yield from running.popleft().result()
+        for found in pool.map(finish, searches):
+            yield from found
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # for threads to come; this one's was never another
 
 
 def beam_search(

@@ -21,7 +21,7 @@ from fairseq.errors import FairseqError, out_of_memory_ends
 from fairseq.generation.beam_search import Sources
 from fairseq.generation.history import Hypothesis
 from fairseq.generation.score_reference import score_reference
-from fairseq.generation.search import search_batches
+from fairseq.generation.search import MOST_ROWS, MOST_TOKENS, search_batches
 from fairseq.models.config import setting_names
 from fairseq.models.transformer import Transformer
 from fairseq.options import DataConfig, GenerationConfig, ReferenceConfig, section
@@ -30,8 +30,8 @@ from fairseq.utils.symbols import EOS, PAD
 
 NO_REFERENCES = ReferenceConfig()
 SMALLER_BATCHES = "lower --max-tokens, --batch-size or --beam"
-DEFAULT_MAX_TOKENS = 12000  # source tokens in a batch when neither --max-tokens nor --batch-size is given
-DEFAULT_MAX_ROWS = 12000  # and hypotheses, so that a very wide beam does not fill the memory
+DEFAULT_MAX_TOKENS = MOST_TOKENS  # source tokens in a batch when neither --max-tokens nor --batch-size is given
+DEFAULT_MAX_ROWS = MOST_ROWS  # and hypotheses, so that a very wide beam does not fill the memory
 
 
 @dataclass
@@ -117,12 +117,13 @@ def translate_dataset(
     seed: int = 1,
     references: ReferenceConfig = NO_REFERENCES,
     check: Callable[[], None] | None = None,
+    threads: int | None = None,
 ) -> Iterator[Translation]:
     """Translate batches of a ``LanguagePairDataset`` on the models' device; yields every sentence once, in the order of
     the batches. Several batches may be read before the first is yielded.
 
-    references: how the batches' targets take part. check: as ``search_batches``'. Raises FairseqError when targets take
-    part and there are none, and as ``beam_search``.
+    references: how the batches' targets take part. check, threads: as ``search_batches``'. Raises FairseqError when
+    targets take part and there are none, and as ``beam_search``.
     """
     device = next(models[0].parameters()).device
     waiting: deque[tuple[list[int], list[Tensor], list[Tensor] | None]] = deque()
@@ -146,7 +147,7 @@ def translate_dataset(
         found = (score_reference(models, part.src_tokens, targets, need_attn) for part, targets in read())
     else:
         parts = (part for part, _ in read())
-        found = search_batches(models, parts, cfg, seed=seed, need_attn=need_attn, check=check)
+        found = search_batches(models, parts, cfg, seed=seed, need_attn=need_attn, check=check, threads=threads)
     for hypotheses in found:
         ids, sources, targets = waiting.popleft()
         for i, number in enumerate(ids):

@@ -135,7 +135,8 @@ class Validator:
             autocast(self.world.device, self.args.fp16, self.args.bf16),
             batches_fit(self._read(name), f"--eval-bleu on '{name}'", SMALLER_BATCHES) as batches,
         ):
-            for translation in translate_dataset([self.model], batches, self._generation, self.args.seed):
+            # in this thread alone: layers may be compiled, or their parameters with other processes
+            for translation in translate_dataset([self.model], batches, self._generation, self.args.seed, threads=1):
                 if self.interrupted():
                     break
                 best = self._text.hypothesis(translation.hypotheses[0], self._text.words(translation.src_tokens))
