@@ -127,6 +127,15 @@ def test_of_the_originals(shared, tmp_path, capsys, name):
     assert_same(dict(load_model(path).state_dict()), dict(load_model(tmp_path / "model.pt").state_dict()))
 
 
+def test_without_positions_there_is_nothing_of_them(toy_databin, tmp_path):
+    """fairseq refuses a file with more than its model has."""
+    train(toy_databin, tmp_path, "--max-update", 1, "--no-token-positional-embeddings")
+    export(tmp_path / "checkpoint_last.pt", "--output", tmp_path / "out.pt")
+    for name in ("checkpoint_last.pt", "out.pt"):
+        parameters = load_checkpoint(tmp_path / name)["model"]
+        assert parameters and not [key for key in parameters if "embed_positions" in key]
+
+
 def test_names_and_shapes_are_fairseqs(shared):
     """A folded model's against a checkpoint of fairseq's own, of the same structure."""
     theirs: dict[str, tuple[int, ...]] = {}

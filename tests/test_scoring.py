@@ -69,6 +69,13 @@ def test_smoothing_counts_one_match_more() -> None:
     assert scorer.score() == pytest.approx(100 * math.sqrt(2 / 3 * 1 / 3))
 
 
+def test_tokens_as_they_are_with_sacrebleus_smoothing() -> None:
+    """fairseq's --eval-tokenized-bleu: orders without a match count as 1/2, 1/4, ... of one."""
+    scorer = Scorer("sacrebleu", tokenized=True)
+    scorer.add("a b. c d e", "a b. x d e")
+    assert scorer.score() == pytest.approx(100 * (4 / 5 * 2 / 4 * 1 / 6 * 1 / 8) ** 0.25)
+
+
 def test_ignore_case() -> None:
     for lowercase, expected in ((True, 100), (False, 0)):
         scorer = Scorer("bleu", lowercase=lowercase)

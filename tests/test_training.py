@@ -248,6 +248,11 @@ def test_a_process_without_a_batch_adds_nothing(toy_databin):
         (("--max-epoch", 2, "--max-update", 100), 2 * EPOCH, "--max-epoch 2"),
         (("--stop-min-lr", 0.0055, "--max-update", 100), 17, "--stop-min-lr"),
         (("--min-lr", 0.0055), 17, "--stop-min-lr"),
+        (
+            ("--min-lr", 0, "--lr-scheduler", "polynomial_decay", "--max-epoch", 2, "--total-num-update", 9),
+            9,
+            "--stop-min",
+        ),
     ],
     ids=str,
 )
@@ -256,6 +261,9 @@ def test_limits(toy_databin, tmp_path, flags, count, why):
     assert max(updates(lines)) == count  # 0.01 * sqrt(5 / 17) is the first rate below 0.0055
     assert last(tmp_path)["optimizer_history"][-1]["num_updates"] == count
     assert why in (tmp_path / "log").read_text().splitlines()[-1]
+    assert [line["train_num_updates"] for line in lines if "train_loss" in line][
+        -1
+    ] == count  # of a part of an epoch too
     assert train(toy_databin, tmp_path, *flags) == []  # nothing is left to do
 
 

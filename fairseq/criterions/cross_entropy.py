@@ -29,7 +29,9 @@ SLICE_ELEMENTS = 2**22  # logits in a slice: 16 MiB in float32
 class LabelSmoothedCrossEntropyConfig:
     """Flags of label_smoothed_cross_entropy."""
 
-    label_smoothing: float = flag(0.0, "weight of the uniform distribution in the target (0: none)")
+    label_smoothing: float = flag(
+        0.0, "weight of the uniform distribution, the target in it, in what is learned (0: none)"
+    )
 
 
 @CRITERIONS.register("cross_entropy")

@@ -18,10 +18,19 @@ class Scorer:
     """Collects sentence pairs and scores them as one corpus.
 
     name: one of SCORERS. order: longest n-gram (bleu). lowercase: ignore case. smooth: count one match more for each
-    n-gram longer than a word (bleu), without which hardly a single sentence has a score above 0.
+    n-gram longer than a word (bleu), without which hardly a single sentence has a score above 0. tokenized: leave
+    tokens as they are (sacrebleu), whose smoothing of orders without a match remains.
     """
 
-    def __init__(self, name: str = "bleu", *, order: int = 4, lowercase: bool = False, smooth: bool = False) -> None:
+    def __init__(
+        self,
+        name: str = "bleu",
+        *,
+        order: int = 4,
+        lowercase: bool = False,
+        smooth: bool = False,
+        tokenized: bool = False,
+    ) -> None:
         from sacrebleu.metrics import BLEU, CHRF  # 0.1 s that commands with nothing to score need not wait
 
         self.name = name
@@ -34,7 +43,7 @@ class Scorer:
             smoothing = {"smooth_method": "add-k", "smooth_value": 1} if smooth else {"smooth_method": "none"}
             self._metric = BLEU(tokenize="none", force=True, lowercase=lowercase, max_ngram_order=order, **smoothing)
         elif name == "sacrebleu":
-            self._metric = BLEU(lowercase=lowercase)
+            self._metric = BLEU(lowercase=lowercase, tokenize="none" if tokenized else None, force=tokenized)
         elif name == "chrf":
             self._metric = CHRF(lowercase=lowercase)
         else:

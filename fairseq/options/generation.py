@@ -22,7 +22,7 @@ class GenerationConfig:
     lenpen: float = flag(1.0, "length penalty: below 1 favours shorter, above 1 longer outputs")
     unkpen: float = flag(0.0, "penalty of <unk>: above 0 gives fewer")
     unnormalized: bool = flag(False, "compare hypotheses by their summed score, not by length-normalised ones")
-    match_source_len: bool = flag(False, "outputs exactly as long as the source")
+    match_source_len: bool = flag(False, "outputs exactly as long as the source; </s> counts in their scores")
     no_repeat_ngram_size: int = flag(0, "no n-gram of this size twice in an output")
     sampling: bool = flag(False, "sample instead of searching")
     sampling_topk: int = flag(-1, "sample among the K likeliest tokens")

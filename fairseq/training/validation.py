@@ -152,7 +152,7 @@ class Validator:
         if None in parts:
             raise ValidationInterrupted
         pairs = [pair for part in parts for pair in part]
-        scorer = Scorer("bleu" if self.args.eval_tokenized_bleu else "sacrebleu")
+        scorer = Scorer("sacrebleu", tokenized=self.args.eval_tokenized_bleu)
         for reference, hypothesis in pairs:
             scorer.add(reference, hypothesis)
         return scorer.score()
