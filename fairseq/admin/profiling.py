@@ -1,6 +1,6 @@
 """Measuring omega: one forward pass, hooks on the residuals, nothing left behind in the model.
 
-``omega`` of a sub-layer is the standard deviation accumulated before it (Liu et al. 2020, section 4.2):
+``omega`` of a sub-layer is the standard deviation accumulated before it (Liu et al. 2020):
 
     omega_1 = 1,    omega_{i+1}^2 = Var(omega_i * x_{i-1}) + Var(f_i(x_{i-1}))
 
@@ -23,11 +23,10 @@ from fairseq.errors import FairseqError
 
 
 class _StackProfiler:
-    """Hooks on one stack; ``omegas`` and ``variances`` fill up while a forward pass runs through it."""
+    """Hooks on one stack; ``omegas`` fills up while a forward pass runs through it."""
 
     def __init__(self, residuals: list[AdminResidual]) -> None:
         self.omegas: list[float] = []
-        self.variances: list[tuple[float, float]] = []
         self._next_omega = 1.0
         self._shortcut_variance = 0.0
         self._handles = []
@@ -42,9 +41,7 @@ class _StackProfiler:
         self._shortcut_variance = _variance(residual.omega * inputs[0])
 
     def _after_branch(self, module: nn.Module, inputs: tuple[Any, ...], branch: Tensor) -> None:
-        variance = _variance(branch)
-        self.variances.append((self._shortcut_variance, variance))
-        self._next_omega = math.sqrt(self._shortcut_variance + variance)
+        self._next_omega = math.sqrt(self._shortcut_variance + _variance(branch))
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -11,8 +11,9 @@ change grows as O(log N). Admin keeps Post-LN and its final quality, and starts 
 scaled by ``omega_i``, set so that branch i enters with the weight 1/i that it would have there.
 
 A rule may also have ``init_branch(branch)``, called once with the finished sub-layer (attention or feed-forward), for
-rules that say how the branch starts. What flows between the sub-layers of one layer is the rule's own business, as long
-as the layer begins and ends with a tensor; see ``B2T``. A decoding step has one token a row: ``x`` is (batch, dim).
+rules that say how the branch starts. One that is registered with a dataclass of flags is called with an instance of it
+too; see ``closed_form_rule``. What flows between the sub-layers of one layer is the rule's own business, as long as the
+layer begins and ends with a tensor; see ``B2T``. A decoding step has one token a row: ``x`` is (batch, dim).
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class PreLN(nn.Module):
 
 
 class AdminResidual(nn.Module):
-    """Post-LN with a scaled shortcut: ``LN(omega * x + f(x))``, Liu et al. 2020, section 4.2.
+    """Post-LN with a scaled shortcut: ``LN(omega * x + f(x))``, Admin, Liu et al. 2020.
 
     omega: (dim,), every element starts at one value: 1 until ``fairseq.admin.apply_profile`` sets it to the standard
     deviation accumulated before the sub-layer, or the closed form's. Trained as an ordinary parameter, or a constant.

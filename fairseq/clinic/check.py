@@ -31,7 +31,7 @@ NEAR = 1.2  # from here to the threshold, training may go badly
 # What is known of learning rates; no measure of the start tells models that train at one from those that fail
 KNOWN_RATES = (
     "at 64 dimensions Post-LN 6L-6L learned at 3e-3 and not at 6e-3, 12L-12L at 1e-3 and not at 2e-3, 18L-18L hardly "
-    "at 3e-4; Admin 18L-18L at 6e-3 and not at 1.2e-2, Pre-LN 18L-18L at 6e-3"
+    "at 3e-4; Admin 18L-18L at 6e-3 and not at 1.2e-2, Pre-LN 18L-18L at 1.2e-2"
 )
 WIDTH = 64  # of the stand-in
 SEEDS = (3, 12)  # fewest and most stand-ins to average over; very deep ones are few, to answer within a minute

@@ -1,7 +1,7 @@
 """Layer dependency: how much of a sub-layer's output comes from each residual branch below it.
 
 Unroll the stream after sub-layer i into what the embedding and every branch j <= i have contributed to it (Liu et al.
-2020, section 4.1): ``x_i / std = sum_j beta_{i,j} * a_j / std(a_j)``. Everything on the way from branch j to x_i is
+2020): ``x_i / std = sum_j beta_{i,j} * a_j / std(a_j)``. Everything on the way from branch j to x_i is
 linear but for LayerNorm, ``LN(u) = gain * (u - mean(u)) / std(u) + bias``. We keep std(u) of every position as it was
 in the forward pass and let the rest act: with that the contributions are linear in the branches and their sum is x_i to
 the last digit; what would change if a branch changed std(u) itself is left out. LayerNorm's bias is a contribution of

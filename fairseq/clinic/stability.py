@@ -1,6 +1,6 @@
 """Output change: how far a model's output moves when its parameters move a little, and how that grows with depth.
 
-Liu et al. 2020, section 4.2: |F(x, W) - F(x, W*)|^2 is about ``sum_i beta_{i,i}^2 * C`` for N sub-layers: O(N) for
+Liu et al. 2020: |F(x, W) - F(x, W*)|^2 is about ``sum_i beta_{i,i}^2 * C`` for N sub-layers: O(N) for
 Post-LN, O(log N) for Pre-LN and Admin. That is for a random W* - W, in which the sub-layers' changes are independent
 and their squares add up. A gradient step moves all sub-layers in concert, so that the changes themselves add up and it
 is |F(x, W) - F(x, W*)|, not its square, that grows so.
