@@ -444,8 +444,8 @@ def test_deterministic_profile(toy_databin, tmp_path, cwd):
         (("--init-type", "adaptive", "--profile-batches", 0), 2, "at least 1"),
         (("--init-type", "rezero", "--profile-batches", 2), 2, "--profile-batches does nothing with"),
         (("--profile-deterministic",), 2, "--profile-deterministic does nothing with --init-type default"),
-        (("--init-type", "adaptive", "--output-change", "constant"), 2, "--output-change does nothing with"),
-        (("--init-type", "deepnet", "--omega", "constant"), 2, "--omega does nothing with --init-type deepnet"),
+        (("--init-type", "adaptive", "--output-change", "constant"), 2, "--output-change: a flag of --init-type adapt"),
+        (("--init-type", "deepnet", "--omega", "constant"), 2, "--omega: a flag of --init-type adaptive-closed-form"),
     ],
 )
 def test_flags_of_other_init_types(toy_databin, tmp_path, cwd, capsys, flags, status, message):
