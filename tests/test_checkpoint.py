@@ -208,6 +208,9 @@ def test_the_best_of_another_metric_does_not_count(toy_databin, tmp_path, caplog
         if re.match(r"best loss so far, 5\.\d+, left aside: from now on ppl counts", message)
     ]
     assert len(said) == (not reset)
+    if not reset:  # that of the same metric does count
+        epochs = [line for line in train(toy_databin, tmp_path, *flags, "--patience", 2) if "valid_ppl" in line]
+        assert [line["epoch"] for line in epochs] == [5]
 
 
 @pytest.mark.parametrize(
