@@ -61,6 +61,18 @@ def test_fp16_overflow_skips_the_update_and_lowers_the_scale(toy_databin):
     assert other.scaler.state_dict() == trainer.scaler.state_dict()
 
 
+def test_fp16_scale_grows_with_updates_that_are_done(toy_databin):
+    trainer, itr = trainer_and_batches(
+        toy_databin, *SGD, "--fp16-init-scale", 4, "--fp16-scale-window", 2, "--max-nonfinite-updates", 1, fp16=True
+    )
+    scales = []
+    for micro_batches in itr.updates(1):
+        assert trainer.train_step(micro_batches)
+        assert trainer.scaler is not None
+        scales.append(trainer.scaler.scale)
+    assert scales == [4, 8, 8, 16, 16, 32, 32]
+
+
 def test_fp16_without_a_way_down_ends(toy_databin):
     trainer, itr = trainer_and_batches(
         toy_databin, *SGD, "--fp16-init-scale", 2**30, "--min-loss-scale", 2**29, fp16=True
