@@ -62,9 +62,7 @@ def test_fp16_overflow_skips_the_update_and_lowers_the_scale(toy_databin):
 
 
 def test_fp16_scale_grows_with_updates_that_are_done(toy_databin):
-    trainer, itr = trainer_and_batches(
-        toy_databin, *SGD, "--fp16-init-scale", 4, "--fp16-scale-window", 2, "--max-nonfinite-updates", 1, fp16=True
-    )
+    trainer, itr = trainer_and_batches(toy_databin, *SGD, "--fp16-init-scale", 4, "--fp16-scale-window", 2, fp16=True)
     scales = []
     for micro_batches in itr.updates(1):
         assert trainer.train_step(micro_batches)
