@@ -57,6 +57,11 @@ def test_better_and_best(tmp_path, maximize, values, better, best):
     assert manager.best == (max(finite) if maximize else min(finite))
 
 
+def named(value: object) -> str:
+    """A test's id, the same in every process: sets of strings have no order of their own."""
+    return str(sorted(value) if isinstance(value, set) else value)
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -69,7 +74,7 @@ def test_better_and_best(tmp_path, maximize, values, better, best):
         ({"save_interval_updates": 5, "no_epoch_checkpoints": True}, {LAST}),
         ({"no_save": True}, set()),
     ],
-    ids=str,
+    ids=named,
 )
 def test_names_at_the_end_of_an_epoch(tmp_path, flags, expected):
     assert save(make(tmp_path, **flags), 3, 20, end_of_epoch=True) == expected
@@ -85,7 +90,7 @@ def test_names_at_the_end_of_an_epoch(tmp_path, flags, expected):
         ({"save_interval_updates": 5, "no_epoch_checkpoints": True}, 20, {"checkpoint_3_20.pt", LAST}),
         ({"save_interval_updates": 5, "no_last_checkpoints": True}, 20, {"checkpoint_3_20.pt"}),
     ],
-    ids=str,
+    ids=named,
 )
 def test_names_within_an_epoch(tmp_path, flags, updates, expected):
     assert save(make(tmp_path, **flags), 3, updates) == expected
