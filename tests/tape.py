@@ -23,7 +23,9 @@ def _storages(value: Any) -> dict[int, Tensor]:
     return {t.untyped_storage().data_ptr(): t for t in tree_flatten(value)[0] if isinstance(t, Tensor) and t.numel()}
 
 
-class _Tape(TorchDispatchMode):
+class Tape(TorchDispatchMode):
+    """The operations that run while it is entered."""
+
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[tuple[Any, Any, Any, Any]] = []
@@ -37,14 +39,31 @@ class _Tape(TorchDispatchMode):
         inputs = _storages((args, kwargs))
         for pointer, tensor in inputs.items():
             if pointer not in self.own and pointer not in self.before:
-                whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+                storage = tensor.untyped_storage()
+                whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
                 self.before[pointer] = whole, whole.clone()
         out = func(*args, **kwargs)
         self.own.update(_storages(out).keys() - inputs.keys() - self.before.keys())
         self.operations.append((func, args, kwargs, out))
         return out
 
+    @classmethod
+    @contextlib.contextmanager
+    def recording(cls) -> Iterator[Tape]:
+        """What runs within is on the tape and, afterwards, has not happened."""
+        tape, state = cls(), torch.get_rng_state()
+        try:
+            with tape:
+                yield tape
+        finally:
+            torch.set_rng_state(state)
+            with torch.no_grad():
+                for whole, copy in tape.before.values():
+                    whole.copy_(copy)
+
+    @torch.no_grad()
     def repeat(self) -> None:
+        """All of it again, with the same tensors and numbers."""
         for func, args, kwargs, out in self.operations:
             inputs = _storages((args, kwargs))
             again = func(*args, **kwargs)
@@ -67,20 +86,13 @@ class TapeRecorder:
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         if self.failures:
             raise self.failures.pop()
-        tape, state = _Tape(), torch.get_rng_state()
-        try:
-            with tape:
-                work()
-        finally:  # nothing has happened
-            torch.set_rng_state(state)
-            for whole, copy in tape.before.values():
-                whole.copy_(copy)
+        with Tape.recording() as tape:
+            work()
         self.recorded += 1
 
         def repeat() -> None:
             self.repeated += 1
-            with torch.no_grad():
-                tape.repeat()
+            tape.repeat()
 
         return repeat
 
