@@ -268,3 +268,16 @@ def test_a_meeting_place_whose_name_is_not_known(monkeypatch, caplog, known_afte
     assert len(asked) == min(known_after + 1, 5)
     warnings = ["MASTER_ADDR head: Name or service not known; asking again for 5 seconds"]
     assert caplog.messages == warnings * (known_after > 0)
+
+
+def test_barrier_names_the_gpu(monkeypatch):
+    """NCCL would guess it, and say so in every process."""
+    import torch
+
+    from fairseq.training.distributed import World
+
+    calls = []
+    monkeypatch.setattr("torch.distributed.barrier", lambda device_ids=None: calls.append(device_ids))
+    for device in (torch.device("cuda", 1), torch.device("cpu")):
+        World(0, 2, device).barrier()
+    assert calls == [[1], None]

@@ -64,7 +64,7 @@ class _Ensemble:
 
     def _lprobs(self, model: Transformer, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.dtype == torch.float32:
-            logits = model.decoder.output_projection(x * self.scale)
+            logits = model.decoder.output_projection(x * self.scale).float()  # of 16 bits under autocast
         else:
             logits = model.decoder.output_projection(x).float().mul_(self.scale)
         return logits, -log2_sum_exp2(logits)

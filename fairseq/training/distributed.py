@@ -84,7 +84,7 @@ class World:
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)  # else NCCL guesses
 
     def average_gradients(self, model: Transformer, backend: str, bucket_cap_mb: int) -> torch.nn.Module:
         """model on this device, wrapped (or sharded) so that its backward pass averages gradients over all processes.

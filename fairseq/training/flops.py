@@ -14,7 +14,9 @@ from fairseq.models.config import TransformerConfig
 
 # Dense float16 with float32 accumulation, and bfloat16 where there is that, in FLOP/s, from NVIDIA's data sheets
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (  # the first name that is a word of the device's
+    ("B200", 2250e12),
     ("GH200", 989e12),
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
     ("H100 NVL", 835e12),
     ("H100 PCIe", 756e12),
@@ -32,7 +34,9 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (  # the first name that is a word o
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of a GPU's dense 16-bit matrix products, None where it is not known."""
+    """FLOP/s of a GPU's dense 16-bit matrix products, None where it is not known: of a MIG slice, for one."""
+    if re.search(r"\bMIG\b", device_name):
+        return None
     return next((peak for name, peak in PEAK_FLOPS if re.search(rf"\b{name}\b", device_name)), None)
 
 

@@ -197,7 +197,7 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
     const at::Tensor& host = self.is_cuda() ? source : self;
     std::lock_guard<std::mutex> lock(pinned_mutex);
     const bool is_pinned = pinned.count(host.storage().mutable_data()) > 0;
-    if (!non_blocking || (watch == CAPTURE && !is_pinned)) {
+    if (!non_blocking || !is_pinned) {
       waits(is_pinned ? "a copy between host and device" : "a copy between the host's pageable memory and the device");
     }
   }
