@@ -78,7 +78,11 @@ class CudaRecorder:
 
     def give_up(self) -> None:
         """See `Recorder`."""
-        # An invalid recording can leave the generator's state as if it went on; graphs would keep to that state
+        # An invalid recording leaves allocator and generator as if it went on: the one would not empty its cache
+        old = "_cuda_endAllocateCurrentStreamToPool"  # its name in torch 2.6
+        end = getattr(torch._C, old if hasattr(torch._C, old) else "_cuda_endAllocateToPool")
+        with contextlib.suppress(RuntimeError):  # where it has ended all the same
+            end(self._device.index or 0, self._pool)
         generator = torch.cuda.default_generators[self._device.index or 0]
         generator.graphsafe_set_state(generator.clone_state())
 
@@ -202,7 +206,8 @@ class UpdateGraphs:
         self._inputs.clear()
         self._grads.clear()
         self._recorder.give_up()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:

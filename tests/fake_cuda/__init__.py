@@ -81,6 +81,7 @@ def install(library: ctypes.CDLL) -> None:
 
     default = Stream()
     streams = [default]
+    recording: list[Any] = []  # pools of graphs that failed, for which the allocator still records
 
     @contextlib.contextmanager
     def stream(one: Stream) -> Iterator[None]:
@@ -109,9 +110,23 @@ def install(library: ctypes.CDLL) -> None:
             watch(capture)
             try:
                 yield
+            except RuntimeError as error:
+                if "not permitted" in str(error):  # the recording is invalid, and its end fails before ...
+                    recording.append(pool)  # ... the allocator is told
+                raise
             finally:
                 watch(now["debug"])
         cuda_graph.repeat = tape.repeat
+
+    def empty_cache() -> None:
+        assert now["watch"] != capture
+        if recording:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    def end_allocate(index: int, pool: Any) -> None:
+        if pool not in recording:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        recording.remove(pool)
 
     def set_sync_debug_mode(mode: str | int) -> None:
         now["debug"] = waiting if mode == "error" else nothing
@@ -147,7 +162,7 @@ def install(library: ctypes.CDLL) -> None:
         "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",
         "get_device_capability": lambda device=None: (9, 0),
         "is_bf16_supported": lambda *args, **kwargs: True,
-        "empty_cache": lambda: waits("empty_cache") if now["watch"] == capture else None,
+        "empty_cache": empty_cache,
         "synchronize": synchronize,
         "max_memory_allocated": lambda device=None: 10**9,
         "memory_allocated": lambda device=None: 10**9,
@@ -173,6 +188,7 @@ def install(library: ctypes.CDLL) -> None:
         setattr(cuda, name, value)
     import torch.cuda.amp.common
 
+    torch._C._cuda_endAllocateToPool = end_allocate  # type: ignore[attr-defined]
     torch.backends.cuda.is_built = lambda: True
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # type: ignore[assignment]
     assert torch.ones(2, device=device).is_cuda
