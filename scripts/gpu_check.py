@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,13 @@ class Stage:
 
 def main() -> None:
     args = _parse_args()
+    with tempfile.TemporaryDirectory(prefix="gpu_check-") as work:  # anew: trainings do not go on from those of before
+        _check(args, Path(work))
+
+
+def _check(args: argparse.Namespace, work: Path) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
+    args.work = work
     end = time.monotonic() + 60 * args.minutes
     data = args.data or _make_corpus(args.work / "data-bin", *(SMALL if args.cpu else (WORDS, PAIRS)))
     stages = [stage for stage in _stages(args, data) if not args.stages or stage.name.split()[0] in args.stages]
@@ -70,14 +77,13 @@ def _parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--out", type=Path, required=True, help="directory of the results")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/gpu_check"), help="directory of everything else")
     parser.add_argument("--data", type=Path, help="data-bin with splits train, valid and test")
     parser.add_argument("--arch", default="transformer_iwslt_de_en")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only stages whose first word is one of these")
     parser.add_argument("--cpu", action="store_true", help="try this script itself: no tests, all on the CPU")
     args = parser.parse_args()
-    args.out, args.work = args.out.resolve(), args.work.resolve()
+    args.out, args.data = args.out.resolve(), args.data and args.data.resolve()
     return args
 
 
@@ -101,15 +107,8 @@ def _make_corpus(directory: Path, vocabulary: int, pairs: int) -> Path:
 def _stages(args: argparse.Namespace, data: Path) -> list[Stage]:
     python, cpu = [sys.executable], ["--cpu"] * args.cpu
     train = [*python, "-m", "fairseq.cli.train", str(data), "--arch", args.arch, *CRITERION.split(), *cpu]
-    train += [
-        "--max-tokens",
-        "256" if args.cpu else "4096",
-        "--log-format",
-        "simple",
-        "--log-interval",
-        "20",
-        "--share-all-embeddings",
-    ]
+    train += ["--max-tokens", "256" if args.cpu else "4096", "--share-all-embeddings"]
+    train += ["--log-format", "simple", "--log-interval", "20"]
 
     def training(name: str, flags: str, updates: int = 60) -> Stage:
         save = ["--save-dir", str(args.work / name.replace(" ", "-")), "--no-epoch-checkpoints"]
