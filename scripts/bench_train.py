@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from fairseq.data.batching import BatchLimits, LengthBuckets, plan_batches, select_by_size
 from fairseq.data.shapes import choose_shapes
-from fairseq.data.translation import Batch, BatchShape, TranslationData
+from fairseq.data.translation import Batch, BatchShape, TranslationData, map_batch
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
 from fairseq.modules.positional_embedding import PositionalEmbedding
@@ -139,8 +139,10 @@ def _measure(args: Namespace, started: float, kind: str, arch: str, max_tokens: 
     train_args.source_lang, train_args.target_lang = data.source_lang, data.target_lang
     shapes = args.batch_shapes if kind == "shapes" or "graphs" in kind else 0
     before_clock, timed = _batches(kind, data, train_args, args.warmup, args.updates, shapes)
-    if device.type == "cuda":
-        before_clock, timed = ([_pinned(batch) for batch in batches] for batches in (before_clock, timed))
+    if device.type == "cuda":  # as fairseq-train reads them
+        before_clock, timed = (
+            [map_batch(batch, Tensor, Tensor.pin_memory) for batch in batches] for batches in (before_clock, timed)
+        )
     step = (_plain_loop if kind == "baseline" else _trainer)(train_args, data, device)
     before = peak_memory(device)
     start_up = 0.0
@@ -208,14 +210,14 @@ def _batches(
         order = rng.permutation(order)
         order = order[np.argsort(dataset.tgt_sizes[order], kind="stable")]
         order = order[np.argsort(dataset.src_sizes[order], kind="stable")]
-        batches = plan_batches(*sizes, order, budget)
+        plan = _of_any_shape(plan_batches(*sizes, order, budget))
     else:
         buckets = LengthBuckets(*sizes, order, budget)
         order = buckets.shuffled(rng)
-        batches = buckets.cut(order)
-    plan: list[tuple[np.ndarray, BatchShape | None]] = [(batch, None) for batch in batches]
-    if shapes:
-        plan = list(zip(*choose_shapes(buckets, shapes).cut(order, rng), strict=True))
+        if shapes:
+            plan = list(zip(*choose_shapes(buckets, shapes).cut(order, rng), strict=True))
+        else:
+            plan = _of_any_shape(buckets.cut(order))
     first, timed = (
         [dataset.collate(*plan[(2 * i + 1) * len(plan) // (2 * n)]) for i in range(n)] for n in (warmup, count)
     )
@@ -225,11 +227,8 @@ def _batches(
     return first, timed
 
 
-def _pinned(value: Any) -> Any:
-    """A batch in memory that a GPU copies from without waiting, as fairseq-train reads it."""
-    if isinstance(value, dict):
-        return {key: _pinned(item) for key, item in value.items()}
-    return value.pin_memory() if isinstance(value, Tensor) else value
+def _of_any_shape(batches: Iterable[np.ndarray]) -> list[tuple[np.ndarray, BatchShape | None]]:
+    return [(batch, None) for batch in batches]
 
 
 def _trainer(args: Namespace, data: TranslationData, device: torch.device) -> Callable[[Batch], Any]:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fairseq.data.batching import shown_ids
-from fairseq.data.translation import Batch, BatchShape, LanguagePairDataset
+from fairseq.data.translation import Batch, BatchShape, LanguagePairDataset, map_batch
 from fairseq.errors import FairseqError, out_of_memory_ends
 
 
@@ -24,20 +24,13 @@ class _Arrays:
     """A batch on its way between processes, as numpy arrays, which travel several times faster than tensors do."""
 
     def __init__(self, batch: Batch) -> None:
-        self._batch = _each(batch, Tensor, Tensor.numpy)
+        self._batch = map_batch(batch, Tensor, Tensor.numpy)
 
     def tensors(self) -> Batch:
-        return _each(self._batch, np.ndarray, torch.from_numpy)
+        return map_batch(self._batch, np.ndarray, torch.from_numpy)
 
     def pin_memory(self) -> Batch:  # DataLoader calls it, where it is to pin what it has read
-        return _each(self.tensors(), Tensor, Tensor.pin_memory)
-
-
-def _each(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """``value``, a dict of dicts, with ``function`` applied to all in it that is of a ``kind``."""
-    if isinstance(value, dict):
-        return {key: _each(item, kind, function) for key, item in value.items()}
-    return function(value) if isinstance(value, kind) else value
+        return map_batch(self.tensors(), Tensor, Tensor.pin_memory)
 
 
 class _Collated(Dataset[Any]):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -49,6 +50,13 @@ class Batch(TypedDict):
     ntokens: int  # target tokens without padding; source tokens where there is no target
     net_input: NetInput
     target: Tensor | None  # (batch, tgt_len) int64
+
+
+def map_batch(batch: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """A batch, or a part of it, with ``function`` applied to all in it that is of a ``kind``."""
+    if isinstance(batch, dict):
+        return {key: map_batch(item, kind, function) for key, item in batch.items()}
+    return function(batch) if isinstance(batch, kind) else batch
 
 
 @dataclass

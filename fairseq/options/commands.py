@@ -129,7 +129,7 @@ def parse_args(
 def _before_parsing(argv: list[str] | None, option: str, default: Any = None) -> Any:
     """The value of a flag that the parser depends on. A wrong one is said when the parser is complete."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument(option, nargs="?", default=default, dest="value")
+    first.add_argument(option, nargs="?", const=default, default=default, dest="value")
     return first.parse_known_args(argv)[0].value
 
 

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fairseq.data.translation import Batch
+from fairseq.data.translation import Batch, map_batch
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on ``device``; copies from pinned memory do not wait."""
     if device.type == "cpu":
         return batch
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True)
-        return {key: move(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-    return move(batch)
+    return map_batch(batch, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def on_its_way_to_host(tensor: Tensor) -> Callable[[], list[float]]:

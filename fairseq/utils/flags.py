@@ -133,6 +133,16 @@ def _parser_of(annotation: Any) -> Callable[[str], Any]:
     return annotation
 
 
+def flag_fields(config: type) -> list[dataclasses.Field[Any]]:
+    """The fields of dataclass ``config`` that are flags."""
+    return [field for field in dataclasses.fields(config) if "help" in field.metadata]
+
+
+def _choices(field: dataclasses.Field[Any]) -> Sequence[str] | None:
+    choices = field.metadata["choices"]
+    return choices() if callable(choices) else choices
+
+
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """The default value of a flag."""
     if field.default_factory is not dataclasses.MISSING:
@@ -156,12 +166,11 @@ def add_flags(
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(config)
     added = set()
-    for field in dataclasses.fields(config):
-        if field.name in skip or "help" not in field.metadata:
+    for field in flag_fields(config):
+        if field.name in skip:
             continue
         added.add(field.name)
-        meta, default = field.metadata, default_of(field)
-        choices = meta["choices"]() if callable(meta["choices"]) else meta["choices"]
+        meta, default, choices = field.metadata, default_of(field), _choices(field)
         settings: dict[str, Any] = {
             "help": meta["help"],
             "default": argparse.SUPPRESS if suppress_defaults else default,
@@ -192,12 +201,12 @@ def add_flags(
 
 def flags_of(config: type) -> list[str]:
     """The flags of dataclass ``config`` as they are typed, without aliases."""
-    return [_spelling(field.name) for field in dataclasses.fields(config) if "help" in field.metadata]
+    return [_spelling(field.name) for field in flag_fields(config)]
 
 
 def spellings_of(config: type) -> list[str]:
     """All that may be typed for the flags of dataclass ``config``, aliases and ``--no-NAME`` too."""
-    flags = [field for field in dataclasses.fields(config) if "help" in field.metadata]
+    flags = flag_fields(config)
     off = [f"--no-{_spelling(field.name)[2:]}" for field in flags if field.metadata["switch"]]
     return [*flags_of(config), *off, *(alias for field in flags for alias in field.metadata["aliases"])]
 
@@ -237,10 +246,10 @@ def parse_value(config: type, name: str, value: Any) -> Any:
     if value is None and type(None) in typing.get_args(hint):
         return None
     [field] = (field for field in dataclasses.fields(config) if field.name == name)
-    choices = field.metadata["choices"]
+    choices = _choices(field)
     try:
         parsed = _bounded(_parser_of(hint), *field.metadata["bounds"])(str(value))
-        if choices and parsed not in (choices() if callable(choices) else choices):
+        if choices and parsed not in choices:
             raise ValueError
         return parsed
     except (ValueError, argparse.ArgumentTypeError):
