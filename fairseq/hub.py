@@ -103,9 +103,9 @@ class TransformerModel:
         """Load a checkpoint (several, colon-separated, make an ensemble) and its dictionaries, on the CPU.
 
         data_name_or_path: directory with ``dict.LANG.txt``. It, checkpoint_file, bpe_codes and sentencepiece_model are
-        relative to model_dir. bpe: subword_nmt, sentencepiece; tokenizer: moses, space; moses_no_*: what moses leaves
-        as it is. Languages are the checkpoint's if not given. overrides: model settings to change. Raises FairseqError
-        when a file is missing or does not fit.
+        relative to model_dir. bpe: subword_nmt, fastbpe, sentencepiece; tokenizer: moses, space; moses_no_*: what moses
+        leaves as it is. Languages are the checkpoint's if not given. overrides: model settings to change. Raises
+        FairseqError when a file is missing or does not fit.
         """
         root = Path(model_dir)
         paths = [str(root / name) for name in checkpoint_file.split(":")]

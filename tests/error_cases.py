@@ -129,6 +129,7 @@ CASES = {
         "validate bin --path toy.pt --cpu",
     ],
     "*: there is no * side": [RUN.replace(" bin ", " one_side ") + " -s xx -t yy"],
+    "* lacks its * side": [RUN.replace(" bin ", " half_of_two ")],
     "* has * sentences and": ["generate uneven --path toy.pt --cpu"],
     "*: cut short; make": ["generate short_index --path toy.pt --cpu"],
     "*: cut short: *": ["generate cut_data --path toy.pt --cpu"],
@@ -267,7 +268,7 @@ CASES = {
     "nothing to score": ["score --sys empty.xx --ref empty.yy"],
     "*, line *: not valid UTF-8": [f"{INTERACTIVE} --input latin.xx", "prepare_corpus talks latin.xx out"],
     "*: * tokens, and": [f"{INTERACTIVE} --input good.xx --max-source-positions 2"],
-    "--bpe subword_nmt needs": [f"{INTERACTIVE} --input good.xx --bpe subword_nmt"],
+    "--bpe * needs --bpe-codes": [f"{INTERACTIVE} --input good.xx --bpe {name}" for name in ("subword_nmt", "fastbpe")],
     "--bpe sentencepiece needs": [f"{INTERACTIVE} --input good.xx --bpe sentencepiece"],
     "--bpe-codes *": [
         f"{INTERACTIVE} --input good.xx --bpe subword_nmt --bpe-codes {name}"
@@ -468,6 +469,9 @@ def _write_databins(root: Path) -> None:
         shutil.copy(root / f"bin/test.xx-yy.yy.{side}", root / "uneven")
     shutil.copytree(root / "bin", root / "half_bin")
     (root / "half_bin/test.xx-yy.xx.bin").unlink()
+    shutil.copytree(root / "bin", root / "half_of_two")
+    for side in ("idx", "bin"):
+        shutil.copy(root / f"bin/test.xx-yy.xx.{side}", root / f"half_of_two/test1.xx-yy.xx.{side}")
     index, data = "test.xx-yy.xx.idx", "test.xx-yy.xx.bin"
     whole = (root / "bin" / index).read_bytes()
     content = (root / "bin" / data).read_bytes()

@@ -49,6 +49,18 @@ def test_space() -> None:
     assert make_text_pipeline("space").encode("  a \t b\n") == "a b"
 
 
+def test_fastbpe(tmp_path: Path) -> None:
+    """Its files count; the segmentation is what the program ``fast applybpe`` printed."""
+    codes = tmp_path / "codes"
+    codes.write_text("l o 9\nlo w</w> 7\n1 2 3\n")
+    pipeline = make_text_pipeline(bpe="fastbpe", bpe_codes=str(codes))
+    assert pipeline.encode("low lol 12 123") == "low lo@@ l 1@@ 2 12@@ 3"
+    assert pipeline.decode("low lo@@ l lo@@") == "low lol lo"
+    assert make_text_pipeline(bpe="subword_nmt", bpe_codes=str(codes)).encode("lol") == "lo@@ l"
+    with pytest.raises(FairseqError, match="--bpe fastbpe needs --bpe-codes FILE"):
+        make_text_pipeline(bpe="fastbpe")
+
+
 def test_subword_nmt(tmp_path: Path) -> None:
     codes = tmp_path / "codes"
     codes.write_text(CODES)
@@ -93,7 +105,7 @@ def test_bad_input_is_one_message(tmp_path: Path) -> None:
     for settings, message in [
         ({"bpe": "subword_nmt"}, "needs --bpe-codes"),
         ({"bpe": "subword_nmt", "bpe_codes": str(tmp_path / "none")}, "none: cannot read: No such file"),
-        ({"bpe": "subword_nmt", "bpe_codes": str(bad)}, "not a file of subword-nmt merges: Error: invalid line 1"),
+        ({"bpe": "subword_nmt", "bpe_codes": str(bad)}, "not a file of merges: Error: invalid line 1"),
         ({"bpe": "subword_nmt", "bpe_codes": str(binary)}, "not UTF-8"),
         ({"bpe": "sentencepiece"}, "needs --sentencepiece-model"),
         ({"bpe": "sentencepiece", "sentencepiece_model": str(tmp_path)}, "cannot read"),

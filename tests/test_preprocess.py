@@ -166,6 +166,14 @@ def test_the_number_of_workers_changes_nothing(corpus: Path, monkeypatch: pytest
         assert path.read_bytes() == (Path("bin3") / path.name).read_bytes(), path.name
 
 
+def test_dictionaries_alone(corpus: Path) -> None:
+    _run("--trainpref", "train", "--dict-only", "--task", "translation")
+    assert sorted(path.name for path in Path("bin").iterdir()) == ["dict.de.txt", "dict.en.txt"]
+    before = {path.name: path.read_bytes() for path in Path("bin").iterdir()}
+    _run("--trainpref", "train")
+    assert before.items() < {path.name: path.read_bytes() for path in Path("bin").iterdir()}.items()
+
+
 def test_again_and_more_splits(corpus: Path) -> None:
     _run("--trainpref", "train")
     before = Path("bin/train.en-de.en.bin").read_bytes()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fairseq.cli import generate
+from fairseq.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.translation import TranslationData
 from fairseq.models.transformer import Transformer
@@ -89,6 +92,27 @@ def test_padding_to_a_multiple_leaves_losses_as_they_are(toy_databin, tmp_path):
     padded = updates(train(toy_databin, tmp_path / "padded", *flags, "--required-seq-len-multiple", 16))
     assert [line["loss"] for line in padded.values()] == pytest.approx([line["loss"] for line in plain.values()])
     assert padded[1]["padding"] > plain[1]["padding"]
+
+
+def test_further_training_sets_are_as_one(toy_databin, tmp_path, caplog):
+    """Trained on in parts, it is the model of one data-bin that has them all."""
+    parts, whole = (write_databin(tmp_path / name, 100, seed=5) for name in ("parts", "whole"))
+    for language in ("xx", "yy"):
+        pair, further = f"train.xx-yy.{language}", f"train1.xx-yy.{language}"
+        for kind in ("bin", "idx"):
+            shutil.copy(toy_databin / f"{pair}.{kind}", parts / f"{further}.{kind}")
+        with IndexedDatasetWriter(whole / pair, np.uint16) as writer:
+            for name in (pair, pair, further):
+                dataset = IndexedDataset(parts / name)
+                for i in range(len(dataset)):
+                    writer.add(dataset[i])
+    flags = ("--max-update", 17, "--num-workers", 1)
+    assert updates(train(parts, tmp_path / "a", *flags, "--upsample-primary", 2)) == updates(
+        train(whole, tmp_path / "b", *flags)
+    )
+    assert_same_training(tmp_path / "a", tmp_path / "b")
+    name = parts / "train"
+    assert f"2 x {name}.xx-yy.xx + {name}1.xx-yy.xx: 500 sentence pairs" in caplog.messages
 
 
 def test_resuming_with_rotating_databins(toy_databin, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fairseq.cli.preprocess import main as preprocess
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from fairseq.data.translation import LanguagePairDataset, TranslationData, infer_languages
@@ -174,6 +175,72 @@ def test_what_is_missing_is_said(data_bin: Path, tmp_path: Path) -> None:
     assert "several language pairs: en-de, fr-de; give --source-lang and --target-lang" in message()
     _write(data_bin / "train.fr-de.de", SRC)
     assert "has 3 sentences and" in message(source_lang="fr", target_lang="de")
+
+
+MORE = [[9, 9, 9, 9, 2], [2], [10, 2]]
+
+
+def _tokens(dataset: LanguagePairDataset, shuffled: bool = False) -> list[tuple[list[int], list[int]]]:
+    """Each pair, from one batch of them all."""
+    order = np.random.default_rng(3).permutation(len(dataset)) if shuffled else np.arange(len(dataset))
+    batch = dataset.collate(order)
+    assert batch["target"] is not None
+    sides = [batch["net_input"]["src_tokens"][np.argsort(order)], batch["target"][np.argsort(order)]]
+    src, tgt = ([[token for token in row if token != 1] for row in side.tolist()] for side in sides)
+    assert [len(row) for row in src] == dataset.src_sizes.tolist()
+    assert dataset.tgt_sizes is not None and [len(row) for row in tgt] == dataset.tgt_sizes.tolist()
+    return list(zip(src, tgt, strict=True))
+
+
+def test_further_training_sets(data_bin: Path) -> None:
+    pairs = list(zip(SRC, TGT, strict=True))
+    for number, (src, tgt) in ((1, (MORE, MORE[::-1])), (2, (TGT, SRC)), (4, (SRC, TGT))):
+        _write(data_bin / f"train{number}.en-de.en", src)
+        _write(data_bin / f"train{number}.en-de.de", tgt)
+    further = [*zip(MORE, MORE[::-1], strict=True), *zip(TGT, SRC, strict=True)]  # train3 is not there, which ends it
+    data = TranslationData.open(DataConfig(str(data_bin)))
+    assert _tokens(data.load("train")) == pairs
+    assert _tokens(data.load("valid", upsample_primary=3)) == pairs  # on its own
+    joined = data.load("train", upsample_primary=1)
+    assert _tokens(joined) == _tokens(joined, shuffled=True) == pairs + further
+    thrice = data.load("train", upsample_primary=3)
+    assert _tokens(pickle.loads(pickle.dumps(thrice)), shuffled=True) == 3 * pairs + further
+    assert len(pickle.dumps(thrice.src)) < 1000 and [thrice.src[i].tolist() for i in (0, 11, 14)] == [
+        SRC[0], SRC[3], MORE[2]
+    ]  # fmt: skip
+    assert thrice.src.prefix.startswith(f"3 x {data_bin / 'train.en-de.en'} + {data_bin / 'train1.en-de.en'} + ")
+
+
+def test_further_training_sets_that_do_not_fit(data_bin: Path) -> None:
+    data = TranslationData.open(DataConfig(str(data_bin)))
+    _write(data_bin / "train1.en-de.en", MORE)
+    with pytest.raises(FairseqError, match=r"train1\.en-de\.en lacks its de side"):
+        data.load("train", upsample_primary=1)
+    _write(data_bin / "train1.en-de.de", MORE[1:])
+    _write(data_bin / "train2.en-de.en", MORE[1:])
+    _write(data_bin / "train2.en-de.de", MORE)  # the two sides are of one length in all
+    with pytest.raises(FairseqError, match=r"train1\.en-de\.en has 3 sentences and .*train1\.en-de\.de 2"):
+        data.load("train", upsample_primary=1)
+    _write(data_bin / "train1.en-de.de", [[2], [99, 2], [2]])
+    _write(data_bin / "train2.en-de.en", MORE)
+    with pytest.raises(FairseqError, match=r"train1\.en-de\.de\.bin: token id 99"):
+        data.load("train", upsample_primary=1).collate(np.array([0, 5, 8]))
+
+
+def test_splits_of_text(tmp_path: Path) -> None:
+    """fairseq's ``--dataset-impl raw``: the command that is named makes them binary."""
+    for language, text in (("en", "a b\n"), ("de", "b c c\n")):
+        Dictionary.build(dict.fromkeys("abc", 1)).save(tmp_path / f"dict.{language}.txt")
+        (tmp_path / f"train.en-de.{language}").write_text(text)
+    for config in (DataConfig(str(tmp_path)), DataConfig(str(tmp_path), source_lang="en", target_lang="de")):
+        with pytest.raises(FairseqError) as error:
+            TranslationData.open(config).load("train")
+        assert "is text: fairseq-preprocess --trainpref" in str(error.value)
+    flags = str(error.value).partition("fairseq-preprocess ")[2].replace("(or --validpref, --testpref) ", "")
+    preprocess(
+        [*flags.removesuffix(" makes it binary").split(), "-s", "en", "-t", "de", "--destdir", f"{tmp_path}/bin"]
+    )
+    assert _tokens(TranslationData.open(DataConfig(f"{tmp_path}/bin")).load("train")) == [([4, 5, 2], [5, 6, 6, 2])]
 
 
 def test_wrong_dictionary_is_noticed(data_bin: Path) -> None:

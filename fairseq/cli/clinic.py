@@ -159,8 +159,16 @@ def _check(argv: list[str]) -> None:
     if args.max_tokens is None:
         raise FairseqError("fairseq-clinic check needs --max-tokens, the size of a batch")
     longest = args.max_source_positions, args.max_target_positions
-    multiple = args.required_batch_size_multiple
-    batch = first_batch(data, args.max_tokens, args.seed, torch.device("cpu"), longest, args.train_subset, multiple)
+    batch = first_batch(
+        data,
+        args.max_tokens,
+        args.seed,
+        torch.device("cpu"),
+        longest,
+        args.train_subset,
+        args.required_batch_size_multiple,
+        args.upsample_primary,
+    )
     diagnosis = check.diagnose(cfg, _vocabularies(data), batch, args)
     print(check.as_text(diagnosis))
     sys.exit(0 if diagnosis.trains else 1)

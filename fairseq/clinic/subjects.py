@@ -145,13 +145,14 @@ def first_batch(
     max_positions: tuple[int, int],
     subset: str = "train",
     required_batch_size_multiple: int = 8,
+    upsample_primary: int = 1,
 ) -> Batch:
     """The first training batch of epoch 1, as training with ``--seed`` and ``--max-tokens`` would see it.
 
     max_positions: (source, target); longer sentences are left out.
     """
     itr = EpochBatchIterator(
-        lambda epoch: data.load(subset, epoch),
+        lambda epoch: data.load(subset, epoch, upsample_primary=upsample_primary),
         max_tokens=max_tokens,
         max_sentences=data.config.batch_size,
         required_batch_size_multiple=required_batch_size_multiple,

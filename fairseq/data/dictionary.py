@@ -23,14 +23,14 @@ OVERWRITE_FLAG = "#fairseq:overwrite"  # a line with it may repeat an earlier sy
 def post_process(sentence: str, symbol: str | None) -> str:
     """Undo the subword segmentation of ``sentence``.
 
-    symbol: ``"subword_nmt"`` (or any continuation mark, such as ``"@@ "``), ``"sentencepiece"``, or None to leave the
-    sentence as it is.
+    symbol: ``"subword_nmt"`` or ``"fastbpe"`` (or any continuation mark, such as ``"@@ "``), ``"sentencepiece"``, or
+    None to leave the sentence as it is.
     """
     if symbol is None:
         return sentence
     if symbol == "sentencepiece":
         return sentence.replace(" ", "").replace("\u2581", " ").strip()
-    mark = "@@ " if symbol in ("subword_nmt", "@@") else symbol
+    mark = "@@ " if symbol in ("subword_nmt", "fastbpe", "@@") else symbol
     return f"{sentence} ".replace(mark, "").rstrip()  # the added blank lets a mark at the very end match
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from fairseq.errors import FairseqError
 from fairseq.utils.io import refuse_bom
 
 SUBWORD_NMT_SEPARATOR = "@@"
+MERGING = ("subword_nmt", "fastbpe")  # --bpe of merges; they apply them in the same way
 LARGEST_MODEL = 2**28  # bytes of a SentencePiece model; those of 256,000 pieces have a few million
 
 
@@ -40,7 +42,9 @@ def make_text_pipeline(
     moses_no_dash_splits: bool = False,
     moses_no_escape: bool = False,
 ) -> TextPipeline:
-    """The pipeline of ``--tokenizer`` (moses, space) and ``--bpe`` (subword_nmt, sentencepiece); None leaves one out.
+    """The pipeline of ``--tokenizer`` (moses, space) and ``--bpe`` (subword_nmt, fastbpe, sentencepiece).
+
+    None leaves one out.
 
     moses_no_dash_splits: leave ``well-known`` whole, which becomes ``well @-@ known`` otherwise, as in fairseq.
     moses_no_escape: leave ``&``, quotes and brackets as they are. Raises FairseqError for an unknown name and for a
@@ -81,39 +85,44 @@ def _segmentation(name: str | None, bpe_codes: str | None, sentencepiece_model: 
     """Words to subwords."""
     if name is None:
         return str
-    if name == "subword_nmt":
-        return _subword_nmt(bpe_codes)
+    if name in MERGING:
+        return _merging(name, bpe_codes)
     if name == "sentencepiece":
         return _sentencepiece(sentencepiece_model)
-    raise FairseqError(f"--bpe {name}: choose from subword_nmt, sentencepiece")
+    raise FairseqError(f"--bpe {name}: choose from subword_nmt, fastbpe, sentencepiece")
 
 
-def _subword_nmt(path: str | None) -> Callable[[str], str]:
+def _merging(name: str, path: str | None) -> Callable[[str], str]:
     if path is None:
-        raise FairseqError("--bpe subword_nmt needs --bpe-codes FILE, the merges the training data was segmented with")
-    return load_subword_nmt(path).process_line
+        raise FairseqError(f"--bpe {name} needs --bpe-codes FILE, the merges the training data was segmented with")
+    return load_merges(path).process_line
 
 
-def load_subword_nmt(path: str) -> Any:
-    """The ``subword_nmt.apply_bpe.BPE`` of a file of merges. Raises FairseqError when it is missing or no such file."""
+def load_merges(path: str) -> Any:
+    """The ``subword_nmt.apply_bpe.BPE`` of a file of merges that subword-nmt or fastBPE learned.
+
+    Raises FairseqError when it is missing or no such file.
+    """
     from subword_nmt.apply_bpe import BPE
 
     complaint = io.StringIO()
     try:
         # subword-nmt prints what it dislikes and exits
         with open(path, encoding="utf-8") as codes, contextlib.redirect_stderr(complaint):
-            refuse_bom(codes.read(1).encode(), f"--bpe-codes {path}")
-            codes.seek(0)
-            bpe = BPE(codes, separator=SUBWORD_NMT_SEPARATOR)
+            text = codes.read()
+            refuse_bom(text[:1].encode(), f"--bpe-codes {path}")
+            if re.match(r"\S+ \S+ \d+\n", text):  # fastBPE's, which ends every line with a count
+                text = "#version: 0.2\n" + re.sub(r"^(\S+ \S+) \d+$", r"\1", text, flags=re.MULTILINE)
+            bpe = BPE(io.StringIO(text), separator=SUBWORD_NMT_SEPARATOR)
             bpe.process_line("ab")  # a version that it does not know is found out only here
             return bpe
     except OSError as error:
         raise FairseqError(f"--bpe-codes {path}: cannot read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise FairseqError(f"--bpe-codes {path}: not UTF-8 text; give the merges that subword-nmt learned") from error
+        raise FairseqError(f"--bpe-codes {path}: not UTF-8 text; give the merges that were learned") from error
     except (SystemExit, ValueError, IndexError, NotImplementedError) as error:
         detail = complaint.getvalue().partition("\n")[0] or str(error) or "unknown version"
-        raise FairseqError(f"--bpe-codes {path}: not a file of subword-nmt merges: {detail}") from error
+        raise FairseqError(f"--bpe-codes {path}: not a file of merges: {detail}") from error
 
 
 def _sentencepiece(path: str | None) -> Callable[[str], str]:

@@ -10,6 +10,7 @@ import contextlib
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -78,8 +79,8 @@ def _check_layout(index_path: str, sizes: np.ndarray, starts: np.ndarray, itemsi
 class IndexedDataset:
     """A memory-mapped corpus.
 
-    sizes: (sentences,) int32, tokens in each, ``</s>`` included. offsets: (sentences,) int64, where each starts in
-    ``tokens``. tokens: every id of the corpus, in the type it is stored in. All three are read-only views of the files.
+    sizes: (sentences,) int32, tokens in each, ``</s>`` included. tokens: every id of the corpus, in the type it is
+    stored in. Both are read-only views of the files.
 
     Raises FairseqError when a file is missing, cut short or not in this format.
     """
@@ -113,9 +114,25 @@ class IndexedDataset:
         self.tokens = np.frombuffer(data, dtype.newbyteorder("<"), len(data) // dtype.itemsize)
         self._starts, self._itemsize = starts, dtype.itemsize
 
-    def offsets(self, indices: np.ndarray) -> np.ndarray:
-        """Where sentences ``indices`` start in ``tokens``, int64."""
-        return self._starts[indices] // self._itemsize
+    @property
+    def parts(self) -> list[IndexedDataset]:
+        """The corpora that this one consists of: itself."""
+        return [self]
+
+    def take(self, indices: np.ndarray, sizes: np.ndarray, entries: int) -> np.ndarray:
+        """The first ``sizes`` ids of sentences ``indices``, back to back, int64.
+
+        entries: of the dictionary. Raises FairseqError for an id that is not in it.
+        """
+        starts = self._starts[indices] // self._itemsize
+        tokens = self.tokens[np.repeat(starts, sizes) + positions_in_row(sizes)].astype(np.int64)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < entries:
+            wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+            raise FairseqError(
+                f"{self.prefix}.bin: token id {wrong} is not in the dictionary ({entries} entries); "
+                "use the dictionaries that this data-bin was made with"
+            )
+        return tokens
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -130,6 +147,46 @@ class IndexedDataset:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["prefix"])  # type: ignore[misc]
+
+
+class JoinedDataset:
+    """Several corpora, one behind the other, as one; one that is there twice counts twice.
+
+    sizes: (sentences,) int32, tokens in each, in memory. prefix: names the parts, for messages.
+    """
+
+    def __init__(self, parts: Sequence[IndexedDataset]) -> None:
+        self.parts = list(parts)
+        counts = {part.prefix: self.parts.count(part) for part in self.parts}
+        self.prefix = " + ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
+        self.sizes = np.concatenate([part.sizes for part in self.parts])
+        self._starts = np.cumsum([0, *map(len, self.parts)])
+
+    def take(self, indices: np.ndarray, sizes: np.ndarray, entries: int) -> np.ndarray:
+        """As ``IndexedDataset.take``."""
+        tokens = np.empty(sizes.sum(), np.int64)
+        part_of = np.searchsorted(self._starts, indices, side="right") - 1
+        for number in np.unique(part_of):
+            rows = part_of == number
+            part, own = self.parts[number], indices[rows] - self._starts[number]
+            tokens[np.repeat(rows, sizes)] = part.take(own, sizes[rows], entries)
+        return tokens
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """As ``IndexedDataset``'s."""
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.parts[part][index - int(self._starts[part])]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return JoinedDataset, (self.parts,)  # a worker process maps the files itself
+
+
+def positions_in_row(sizes: np.ndarray) -> np.ndarray:
+    """0 .. size-1 of every row, back to back."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 class IndexedDatasetWriter:

@@ -87,6 +87,7 @@ class EpochBatchIterator:
     def _known(self, dataset: LanguagePairDataset) -> _Corpus:
         name = dataset.src.prefix
         if self._corpus is None or self._corpus.name != name:
+            logger.info(f"{name}: {len(dataset):,} sentence pairs")
             self._corpus, sizes = None, (dataset.src_sizes, dataset.tgt_sizes)
             selected = select_by_size(*sizes, self._max_positions, name=name, skip=True)
             limits = self._limits._replace(length_multiple=dataset.required_seq_len_multiple)

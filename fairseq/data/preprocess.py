@@ -48,7 +48,7 @@ def preprocess(config: PreprocessConfig) -> None:
             for language, dictionary in dictionaries.items():
                 _check_dictionary_fits(destdir / f"dict.{language}.txt", dictionary)
                 logger.info(f"[{language}] dictionary: {len(dictionary):,} types")
-            _write(config, splits, dictionaries, texts, temporary)
+            _write(config, {} if config.dict_only else splits, dictionaries, texts, temporary)
             _publish(temporary, destdir)
     except OSError as error:
         raise FairseqError(f"{destdir}: cannot write: {error.strerror or error}") from error

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fairseq.data import indexed_dataset
 from fairseq.data.dictionary import Dictionary
-from fairseq.data.indexed_dataset import UNFINISHED, IndexedDataset
+from fairseq.data.indexed_dataset import UNFINISHED, IndexedDataset, JoinedDataset, positions_in_row
 from fairseq.errors import FairseqError
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ class LanguagePairDataset:
     Raises FairseqError when the two sides differ in length, and from `collate` for an id that is in no dictionary.
     """
 
-    src: IndexedDataset
-    tgt: IndexedDataset | None
+    src: IndexedDataset | JoinedDataset
+    tgt: IndexedDataset | JoinedDataset | None
     src_dict: Dictionary
     tgt_dict: Dictionary
     left_pad_source: bool = True
@@ -78,11 +78,12 @@ class LanguagePairDataset:
     required_seq_len_multiple: int = 1
 
     def __post_init__(self) -> None:
-        if self.tgt is not None and len(self.src) != len(self.tgt):
-            raise FairseqError(
-                f"{self.src.prefix} has {len(self.src)} sentences and {self.tgt.prefix} {len(self.tgt)}; "
-                "make the data-bin again from parallel files"
-            )
+        for src, tgt in [] if self.tgt is None else zip(self.src.parts, self.tgt.parts, strict=True):
+            if len(src) != len(tgt):
+                raise FairseqError(
+                    f"{src.prefix} has {len(src)} sentences and {tgt.prefix} {len(tgt)}; "
+                    "make the data-bin again from parallel files"
+                )
 
     def __len__(self) -> int:
         return len(self.src)
@@ -107,7 +108,7 @@ class LanguagePairDataset:
         shape = shape or self._smallest_shape(indices)
         empty = shape.rows - len(indices)
         sizes = self._source_sizes(indices)
-        tokens = _gather(self.src, indices, sizes, self.src_dict)
+        tokens = self.src.take(indices, sizes, len(self.src_dict))
         if self.max_source_length is not None:
             tokens[np.cumsum(sizes) - 1] = self.src_dict.eos()
         source = _pad(tokens, sizes, shape.src_len, self.src_dict.pad(), self.left_pad_source)
@@ -116,7 +117,7 @@ class LanguagePairDataset:
         prev_output_tokens = np.full((len(indices), 1), eos, np.int64)
         if self.tgt is not None:
             tgt_sizes = self.tgt.sizes[indices].astype(np.int64)
-            tokens = _gather(self.tgt, indices, tgt_sizes, self.tgt_dict)
+            tokens = self.tgt.take(indices, tgt_sizes, len(self.tgt_dict))
             target = _pad(tokens, tgt_sizes, shape.tgt_len, pad, self.left_pad_target)
             shifted = np.empty_like(tokens)
             shifted[1:] = tokens[:-1]
@@ -150,28 +151,11 @@ class LanguagePairDataset:
         return BatchShape(len(indices), *(-(-int(sizes.max(initial=0)) // multiple) * multiple for sizes in sides))
 
 
-def _positions_in_row(sizes: np.ndarray) -> np.ndarray:
-    """0 .. size-1 of every row, back to back."""
-    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-
-
-def _gather(side: IndexedDataset, indices: np.ndarray, sizes: np.ndarray, dictionary: Dictionary) -> np.ndarray:
-    """The first ``sizes`` tokens of sentences ``indices`` back to back, int64."""
-    tokens = side.tokens[np.repeat(side.offsets(indices), sizes) + _positions_in_row(sizes)].astype(np.int64)
-    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(dictionary):
-        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
-        raise FairseqError(
-            f"{side.prefix}.bin: token id {wrong} is not in the dictionary ({len(dictionary)} entries); "
-            "use the dictionaries that this data-bin was made with"
-        )
-    return tokens
-
-
 def _pad(tokens: np.ndarray, sizes: np.ndarray, width: int, pad: int, left: bool) -> np.ndarray:
     """Rows of ``sizes`` tokens as an array (rows, width)."""
     padded = np.full((len(sizes), width), pad, np.int64)
     first = np.arange(len(sizes)) * width + (width - sizes if left else 0)
-    padded.reshape(-1)[np.repeat(first, sizes) + _positions_in_row(sizes)] = tokens
+    padded.reshape(-1)[np.repeat(first, sizes) + positions_in_row(sizes)] = tokens
     return padded
 
 
@@ -207,7 +191,7 @@ def infer_languages(data_dir: str | os.PathLike[str]) -> tuple[str, str]:
         found = (
             "several language pairs: " + ", ".join("-".join(p) for p in pairs) if pairs else "no SPLIT.SRC-TGT.LANG.idx"
         )
-        raise FairseqError(f"{data_dir} has {found}; give --source-lang and --target-lang")
+        raise FairseqError(f"{data_dir} has {found}; give --source-lang and --target-lang{_text_in(data_dir)}")
     return pairs[0]
 
 
@@ -237,20 +221,29 @@ def load_langpair_dataset(
     truncate_source: bool = False,
     max_source_positions: int = 1024,
     required_seq_len_multiple: int = 1,
+    upsample_primary: int | None = None,
 ) -> LanguagePairDataset:
     """Open ``SPLIT.SRC-TGT.*`` of a data-bin; files named ``SPLIT.TGT-SRC.*`` serve as well, with the sides swapped.
 
-    The dataset has no target when only the source was binarised. Raises FairseqError when there is no such split.
+    upsample_primary: with SPLIT1, SPLIT2, ... behind it if they are there, and then SPLIT itself so many times (None:
+    SPLIT alone). The dataset has no target when only the source was binarised. Raises FairseqError when there is no
+    such split, or a part of it lacks a target.
     """
-    pairs = (f"{src}-{tgt}", f"{tgt}-{src}", f"{src}-None")  # the last by --only-source without a target language
-    prefixes = [os.path.join(data_dir, f"{split}.{pair}") for pair in pairs]
-    prefix = next((p for p in prefixes if indexed_dataset.exists(f"{p}.{src}")), None)
-    if prefix is None:
+    first = _open_split(data_dir, split, src, tgt)
+    if first is None:
         raise FairseqError(f"{data_dir}: no split '{split}' for {src}-{tgt}; {_what_is_there(data_dir, src, tgt)}")
-    target = f"{prefix}.{tgt}"
+    more: list[_Sides] = []
+    while upsample_primary and (sides := _open_split(data_dir, f"{split}{len(more) + 1}", src, tgt)):
+        more.append(sides)
+    parts = [first] * (upsample_primary or 1) + more if more else [first]
+    sources = [part[0] for part in parts]
+    targets = [part[1] for part in parts if part[1] is not None]
+    if 0 < len(targets) < len(parts):
+        lacking = next(source.prefix for source, target in parts if target is None)
+        raise FairseqError(f"{lacking} lacks its {tgt} side, which other training sets have; binarise both sides")
     return LanguagePairDataset(
-        IndexedDataset(f"{prefix}.{src}"),
-        IndexedDataset(target) if indexed_dataset.exists(target) else None,
+        JoinedDataset(sources) if more else sources[0],
+        None if not targets else JoinedDataset(targets) if more else targets[0],
         src_dict,
         tgt_dict,
         left_pad_source=left_pad_source,
@@ -260,16 +253,44 @@ def load_langpair_dataset(
     )
 
 
+_Sides: TypeAlias = tuple[IndexedDataset, IndexedDataset | None]
+
+
+def _open_split(data_dir: str | os.PathLike[str], split: str, src: str, tgt: str) -> _Sides | None:
+    """The two sides of a split; None if it is not there."""
+    pairs = (f"{src}-{tgt}", f"{tgt}-{src}", f"{src}-None")  # the last by --only-source without a target language
+    for prefix in (os.path.join(data_dir, f"{split}.{pair}") for pair in pairs):
+        if indexed_dataset.exists(f"{prefix}.{src}"):
+            target = f"{prefix}.{tgt}"
+            return IndexedDataset(f"{prefix}.{src}"), (
+                IndexedDataset(target) if indexed_dataset.exists(target) else None
+            )
+    return None
+
+
 def _what_is_there(data_dir: str | os.PathLike[str], src: str, tgt: str) -> str:
     if not os.path.isdir(data_dir):
         return "there is no such directory"
     pairs = _language_pairs(data_dir)
     if not pairs & {(src, tgt), (tgt, src)}:
-        return f"its language pairs: {', '.join(sorted('-'.join(p) for p in pairs)) or 'none'}"
+        return f"its language pairs: {', '.join(sorted('-'.join(p) for p in pairs)) or 'none'}{_text_in(data_dir)}"
     names = [path.name for path in Path(data_dir).glob("*.idx") if path.with_suffix(".bin").is_file()]
     ends = tuple(f".{pair}.{src}.idx" for pair in (f"{src}-{tgt}", f"{tgt}-{src}"))
     splits = sorted(name[: -len(ends[0])] for name in names if name.endswith(ends))
-    return f"its splits: {', '.join(splits) or 'none'}"
+    return f"its splits: {', '.join(splits) or 'none'}{_text_in(data_dir)}"
+
+
+def _text_in(data_dir: str | os.PathLike[str]) -> str:
+    """What to do about a split that is text (``--dataset-impl raw`` of fairseq), if there is one."""
+    for path in sorted(Path(data_dir).glob("*.*-*.*")):
+        match = re.fullmatch(r"(.+\.([^.]+)-([^.]+))\.([^.]+)", path.name)
+        if match and match[4] in match.groups()[1:3]:
+            src, tgt = (path.with_name(f"dict.{language}.txt") for language in match.groups()[1:3])
+            return (
+                f"; {path.name} is text: fairseq-preprocess --trainpref {path.parent / match[1]} (or --validpref, "
+                f"--testpref) --srcdict {src} --tgtdict {tgt} makes it binary"
+            )
+    return ""
 
 
 @dataclass
@@ -296,10 +317,13 @@ class TranslationData:
             src, tgt = _complete(src, tgt, found)
         return cls(config, src, tgt, *load_dictionaries(data_dir, src, tgt), required_seq_len_multiple)
 
-    def load(self, split: str, epoch: int = 1, *, need_target: bool = True) -> LanguagePairDataset:
+    def load(
+        self, split: str, epoch: int = 1, *, need_target: bool = True, upsample_primary: int | None = None
+    ) -> LanguagePairDataset:
         """The dataset of ``split``: of data-bin a in epoch 1, b in epoch 2 and so on for ``a:b:c``.
 
-        Raises FairseqError when it is not there, or has no target while ``need_target``.
+        upsample_primary: as in ``load_langpair_dataset``, for training. Raises FairseqError when the split is not
+        there, or has no target while ``need_target``.
         """
         config = self.config
         data_dirs = config.data.split(":")
@@ -314,6 +338,7 @@ class TranslationData:
             truncate_source=config.truncate_source,
             max_source_positions=config.max_source_positions,
             required_seq_len_multiple=self.required_seq_len_multiple,
+            upsample_primary=upsample_primary,
         )
         if need_target and dataset.tgt is None:
             raise FairseqError(

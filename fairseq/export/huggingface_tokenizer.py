@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fairseq.data.dictionary import Dictionary
-from fairseq.data.encoders import SUBWORD_NMT_SEPARATOR, TextPipeline, load_subword_nmt, make_text_pipeline
+from fairseq.data.encoders import MERGING, SUBWORD_NMT_SEPARATOR, TextPipeline, load_merges, make_text_pipeline
 from fairseq.errors import FairseqError
 from fairseq.export.plain import Exportable
 from fairseq.generation.translate import encode_source
@@ -38,7 +38,7 @@ class Tokenizers:
         self.pipeline: TextPipeline = make_text_pipeline(
             bpe=config.bpe, bpe_codes=config.bpe_codes, sentencepiece_model=config.sentencepiece_model
         )
-        self.merges = _read_merges(config.bpe_codes) if config.bpe == "subword_nmt" and config.bpe_codes else None
+        self.merges = _read_merges(config.bpe_codes) if config.bpe in MERGING and config.bpe_codes else None
         self.sentencepiece_model = config.sentencepiece_model
         self.shared = exported.src_dict == exported.tgt_dict
         self.src_ids, self.tgt_ids = (_ids(side, self.merges) for side in (exported.src_dict, exported.tgt_dict))
@@ -112,14 +112,14 @@ class Tokenizers:
 
 
 def _check_flags(config: ExportConfig) -> None:
-    for name, bpe in (("bpe_codes", "subword_nmt"), ("sentencepiece_model", "sentencepiece")):
-        if getattr(config, name) is not None and config.bpe != bpe:
-            raise FairseqError(f"--{name.replace('_', '-')} does nothing without --bpe {bpe}")
+    for name, kinds in (("bpe_codes", MERGING), ("sentencepiece_model", ("sentencepiece",))):
+        if getattr(config, name) is not None and config.bpe not in kinds:
+            raise FairseqError(f"--{name.replace('_', '-')} does nothing without --bpe {' or '.join(kinds)}")
 
 
 def _read_merges(path: str) -> Merges:
     """First to last."""
-    bpe = load_subword_nmt(path)
+    bpe = load_merges(path)
     if bpe.version != (0, 2):
         raise FairseqError(
             f"--bpe-codes {path}: merges of subword-nmt 0.1, without a line '#version: 0.2', which no tokenizer of "

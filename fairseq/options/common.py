@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fairseq.utils.flags import flag
 
 LOG_FORMATS = ("simple", "json", "tqdm", "none")
+SEGMENTATIONS = ("subword_nmt", "fastbpe", "sentencepiece")
 POST_PROCESSORS = ("subword_nmt", "@@ ", "sentencepiece")
 
 

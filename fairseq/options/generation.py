@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fairseq.options.common import POST_PROCESSORS
+from fairseq.options.common import POST_PROCESSORS, SEGMENTATIONS
 from fairseq.utils.flags import flag
 
 BACKENDS = ("native", "ctranslate2")
@@ -56,10 +56,8 @@ class TextConfig:
     tokenizer: str | None = flag(None, "tokenise raw input, and detokenise D- lines", choices=("moses", "space"))
     moses_no_dash_splits: bool = flag(False, "--tokenizer moses: leave well-known whole, not well @-@ known")
     moses_no_escape: bool = flag(False, "--tokenizer moses: leave &, quotes and brackets as they are")
-    bpe: str | None = flag(
-        None, "segment raw input, and undo that in D- lines", choices=("subword_nmt", "sentencepiece")
-    )
-    bpe_codes: str | None = flag(None, "merges of --bpe subword_nmt", metavar="FILE")
+    bpe: str | None = flag(None, "segment raw input, and undo that in D- lines", choices=SEGMENTATIONS)
+    bpe_codes: str | None = flag(None, "merges of --bpe subword_nmt or fastbpe", metavar="FILE")
     sentencepiece_model: str | None = flag(
         None, "model of --bpe sentencepiece", "--sentencepiece-vocab", metavar="FILE"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fairseq.options.common import SEGMENTATIONS
 from fairseq.registry import ARCHITECTURES, CRITERIONS, LR_SCHEDULERS, OPTIMIZERS, RESIDUAL_RULES
 from fairseq.utils.flags import flag, same_flag
 
@@ -84,9 +85,9 @@ class ExportConfig:
     bpe: str | None = flag(
         None,
         "huggingface: the tokenizer takes raw text, which it segments so (default: segmented text)",
-        choices=("subword_nmt", "sentencepiece"),
+        choices=SEGMENTATIONS,
     )
-    bpe_codes: str | None = flag(None, "merges of --bpe subword_nmt", metavar="FILE")
+    bpe_codes: str | None = flag(None, "merges of --bpe subword_nmt or fastbpe", metavar="FILE")
     sentencepiece_model: str | None = flag(None, "model of --bpe sentencepiece", metavar="FILE")
     data: str | None = flag(
         None,

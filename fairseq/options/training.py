@@ -16,7 +16,10 @@ METRICS = ("loss", "nll_loss", "ppl", "bleu")
 class TrainDataConfig:
     """Which subset to train on, and when to validate."""
 
-    train_subset: str = flag("train", "subset to train on", metavar="SPLIT")
+    train_subset: str = flag(
+        "train", "subset to train on, with SPLIT1, SPLIT2, ... if the data-bin has them", metavar="SPLIT"
+    )
+    upsample_primary: int = flag(1, "SPLIT itself counts N times where SPLIT1 is there too", least=1)
     batch_shapes: int | None = flag(
         None,
         "pad training batches to at most N shapes, chosen for the least padding (0: each batch as small as it can be; "

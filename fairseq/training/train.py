@@ -42,7 +42,7 @@ def train(args: Namespace, world: World) -> None:
         if shapes is None:
             shapes = GRAPH_SHAPES if args.cuda_graphs and world.device.type == "cuda" else 0
         itr = EpochBatchIterator(
-            lambda epoch: data.load(args.train_subset, epoch),
+            lambda epoch: data.load(args.train_subset, epoch, upsample_primary=args.upsample_primary),
             max_tokens=args.max_tokens,
             max_sentences=args.batch_size,
             required_batch_size_multiple=args.required_batch_size_multiple,
