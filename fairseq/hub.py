@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from fairseq.generation.translate import encode_source, languages_of, load_ensem
 from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
 from fairseq.utils.symbols import EOS, SPECIAL_SYMBOLS
+
+Hypotheses: TypeAlias = list[dict[str, Any]]
 
 _SEARCH_SETTINGS = {field.name for field in fields(GenerationConfig)}
 _alignment_dictionary = functools.lru_cache(maxsize=4)(load_alignment_dictionary)
@@ -56,6 +58,18 @@ class TextTranslation:
     source_tokens: list[str]
     unknown: list[str]
     hypotheses: list[TextHypothesis]
+
+
+def _place(root: Path, name: str | os.PathLike[str]) -> Path:
+    """``name`` below ``root``, or, if there is nothing, where it is itself."""
+    return Path(name) if not (root / name).exists() and Path(name).exists() else root / name
+
+
+def _file(root: Path, name: str | os.PathLike[str] | None, *usual: str) -> str | None:
+    """A file that is given, else one that has a ``usual`` name in ``root``."""
+    if name is not None:
+        return str(_place(root, name))
+    return next((str(root / known) for known in usual if (root / known).is_file()), None)
 
 
 class TransformerModel:
@@ -102,15 +116,17 @@ class TransformerModel:
     ) -> TransformerModel:
         """Load a checkpoint (several, colon-separated, make an ensemble) and its dictionaries, on the CPU.
 
-        data_name_or_path: directory with ``dict.LANG.txt``. It, checkpoint_file, bpe_codes and sentencepiece_model are
-        relative to model_dir. bpe: subword_nmt, fastbpe, sentencepiece; tokenizer: moses, space; moses_no_*: what moses
-        leaves as it is. Languages are the checkpoint's if not given. overrides: model settings to change. Raises
-        FairseqError when a file is missing or does not fit.
+        data_name_or_path: directory with ``dict.LANG.txt``. It, bpe_codes and sentencepiece_model are relative to
+        model_dir, or to the working directory where they are not there; checkpoint_file to model_dir. bpe: subword_nmt,
+        fastbpe, sentencepiece, whose file in model_dir may have fairseq's name for it (bpecodes, code,
+        sentencepiece.bpe.model) and is then found; tokenizer: moses, space; moses_no_*: what moses leaves as it is.
+        Languages are the checkpoint's if not given. overrides: model settings to change. Raises FairseqError when a
+        file is missing or does not fit.
         """
         root = Path(model_dir)
         paths = [str(root / name) for name in checkpoint_file.split(":")]
         models, state = load_ensemble(paths, overrides)
-        data_dir = root / data_name_or_path
+        data_dir = _place(root, data_name_or_path)
         known = (source_lang, target_lang) if source_lang and target_lang else languages_of(state["args"], data_dir)
         src, tgt = known or infer_languages(data_dir)
         src_dict, tgt_dict = load_dictionaries(data_dir, src, tgt)
@@ -121,8 +137,8 @@ class TransformerModel:
             bpe,
             source_lang=src,
             target_lang=tgt,
-            bpe_codes=None if bpe_codes is None else str(root / bpe_codes),
-            sentencepiece_model=None if sentencepiece_model is None else str(root / sentencepiece_model),
+            bpe_codes=_file(root, bpe_codes, "bpecodes", "code"),
+            sentencepiece_model=_file(root, sentencepiece_model, "sentencepiece.bpe.model"),
             moses_no_dash_splits=moses_no_dash_splits,
             moses_no_escape=moses_no_escape,
         )
@@ -141,6 +157,10 @@ class TransformerModel:
             model.to(device=device, dtype=dtype)
         return self
 
+    def eval(self) -> TransformerModel:
+        """Itself: the models are in eval mode already."""
+        return self
+
     def cuda(self) -> TransformerModel:
         """Move all models to the GPU."""
         return self.to("cuda")
@@ -148,6 +168,38 @@ class TransformerModel:
     def half(self) -> TransformerModel:
         """Compute in float16; for GPUs."""
         return self.to(dtype=torch.float16)
+
+    def tokenize(self, sentence: str) -> str:
+        """Raw source text -> words."""
+        return self.pipeline.tokenize(sentence)
+
+    def detokenize(self, words: str) -> str:
+        """Target words -> plain text."""
+        return self.pipeline.detokenize(words)
+
+    def apply_bpe(self, words: str) -> str:
+        """Words -> subwords."""
+        return self.pipeline.apply_bpe(words)
+
+    def remove_bpe(self, subwords: str) -> str:
+        """Subwords -> words."""
+        return self.pipeline.remove_bpe(subwords)
+
+    def binarize(self, subwords: str) -> Tensor:
+        """Source subwords -> their ids and ``</s>``: (src_len,) int64."""
+        return torch.from_numpy(self.src_dict.encode_line(subwords))
+
+    def string(self, tokens: Tensor) -> str:
+        """Target ids, (tgt_len,), -> subwords, without ``</s>``."""
+        return self.tgt_dict.string(tokens)
+
+    def encode(self, sentence: str) -> Tensor:
+        """Raw source text -> ids, as ``binarize`` returns them."""
+        return self.binarize(self.pipeline.encode(sentence))
+
+    def decode(self, tokens: Tensor) -> str:
+        """Target ids, (tgt_len,), -> plain text."""
+        return self.pipeline.decode(self.string(tokens))
 
     @overload
     def translate(self, sentences: str, beam: int = ..., **settings: Any) -> str: ...
@@ -168,10 +220,14 @@ class TransformerModel:
     @overload
     def generate(self, sentences: str, beam: int = ..., **settings: Any) -> TextTranslation: ...
     @overload
+    def generate(self, sentences: Tensor, beam: int = ..., **settings: Any) -> Hypotheses: ...
+    @overload
     def generate(self, sentences: Iterable[str], beam: int = ..., **settings: Any) -> list[TextTranslation]: ...
+    @overload
+    def generate(self, sentences: Iterable[Tensor], beam: int = ..., **settings: Any) -> list[Hypotheses]: ...
     def generate(
         self,
-        sentences: str | Iterable[str],
+        sentences: str | Tensor | Iterable[str] | Iterable[Tensor],
         beam: int = 5,
         *,
         max_tokens: int | None = None,
@@ -182,8 +238,11 @@ class TransformerModel:
         truncate_source: bool = False,
         check: Callable[[], None] | None = None,
         **settings: Any,
-    ) -> TextTranslation | list[TextTranslation]:
+    ) -> TextTranslation | Hypotheses | list[TextTranslation] | list[Hypotheses]:
         """The n best translations of raw text with scores and, with print_alignment=True, attention.
+
+        Of ids, (src_len,) as ``encode`` returns them, it gives fairseq's dicts: of a sentence a list, best first, with
+        the fields of ``fairseq.generation.history.Hypothesis`` (scores are natural logarithms there).
 
         settings: those of the search by ``fairseq-generate``'s names, such as lenpen=0.6, sampling=True; nbest is beam
         if not given. max_tokens, batch_size: source tokens and sentences in a batch. ids: their numbers, in errors and
@@ -197,12 +256,13 @@ class TransformerModel:
         cfg = GenerationConfig(beam=beam, **({"nbest": beam} | settings))
         replace_unk = None if cfg.replace_unk is None else _alignment_dictionary(cfg.replace_unk)
         text = TextFormat(self.src_dict, self.tgt_dict, alignment_dictionary=replace_unk)
-        lines = [sentences] if isinstance(sentences, str) else list(sentences)
-        words = [self.pipeline.encode(line).split() for line in lines]
+        alone = isinstance(sentences, (str, Tensor))
+        given = [sentences] if isinstance(sentences, (str, Tensor)) else list(sentences)
+        words = [self._words(sentence) for sentence in given]
         positions = self.ctranslate2.max_source_positions if self.ctranslate2 else longest_source(self.models)
         longest = min(positions, max_source_positions)
-        numbers = range(len(lines)) if ids is None else ids
-        names = ["the sentence"] if isinstance(sentences, str) else [f"sentence {number}" for number in numbers]
+        numbers = range(len(given)) if ids is None else ids
+        names = ["the sentence"] if alone else [f"sentence {number}" for number in numbers]
         encoded = [
             encode_source(line, self.src_dict, longest, name, truncate_source)
             for line, name in zip(words, names, strict=True)
@@ -211,13 +271,23 @@ class TransformerModel:
         translations = translate_sentences(
             search, encoded, ids=numbers, max_tokens=max_tokens, batch_size=batch_size, beam=cfg.beam
         )
-        results = []
-        for translation, line in zip(translations, words, strict=True):
+        results: list[Any] = []
+        for translation, line, sentence in zip(translations, words, given, strict=True):
+            if isinstance(sentence, Tensor):
+                results.append([dict(vars(hypothesis)) for hypothesis in translation.hypotheses])
+                continue
             read = line[: len(translation.src_tokens) - 1]
             hypotheses = [self._as_text(hypothesis, read, text, cfg) for hypothesis in translation.hypotheses]
             unknown_words = [word for word in dict.fromkeys(read) if word not in self.src_dict]
             results.append(TextTranslation([*read, SPECIAL_SYMBOLS[EOS]], unknown_words, hypotheses))
-        return results[0] if isinstance(sentences, str) else results
+        return results[0] if alone else results
+
+    def _words(self, sentence: str | Tensor) -> list[str]:
+        if isinstance(sentence, str):
+            return self.pipeline.encode(sentence).split()
+        if sentence.dim() != 1 or sentence.is_floating_point():
+            raise FairseqError(f"generate takes text, or ids of one dimension as encode returns them, not {sentence}")
+        return [self.src_dict[index] for index in sentence.tolist() if index != EOS]
 
     def _as_text(
         self, hypothesis: Hypothesis, src_words: list[str], text: TextFormat, cfg: GenerationConfig

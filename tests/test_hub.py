@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fairseq.checkpoint import load_checkpoint
+from fairseq.data.indexed_dataset import IndexedDataset
 from fairseq.errors import FairseqError
 from fairseq.generation import translate
 from fairseq.models import TransformerModel
@@ -119,6 +120,52 @@ def test_generate(directory):
         model.translate("a", nbest=2)
     with pytest.raises(FairseqError, match="--nbest 3"):
         model.generate("a", beam=2, nbest=3)
+
+
+def test_step_by_step(shared, reference):
+    """What fairseq's users do by hand; the ids are the data-bin's, the translation the original's."""
+    from fairseq.models.transformer import TransformerModel as FromTheOldPlace
+
+    assert FromTheOldPlace is TransformerModel
+    folder = shared / "reference"
+    files = {"data_name_or_path": "multi30k-databin", "bpe_codes": "multi30k-databin/bpe.codes"}
+    model = TransformerModel.from_pretrained(
+        folder, "fairseq012_tiny.pt", bpe="subword_nmt", tokenizer="moses", **files
+    )
+    model.eval()
+    source = next(s for n, (s, _) in sorted(reference.items()) if n > 20)
+    number = next(n for n, (s, _) in reference.items() if s == source)
+    words = model.tokenize(source)
+    tokens = model.binarize(model.apply_bpe(words))
+    assert tokens.tolist() == IndexedDataset(folder / "multi30k-databin/test.en-de.en")[number].tolist()
+    assert model.encode(source).equal(tokens)
+    found = model.generate(tokens, beam=5)
+    best = found[0]
+    assert len(found) == 5 and best["tokens"][-1] == 2 and best["attention"] is None
+    assert best["score"] == pytest.approx(float(best["positional_scores"].mean()), abs=1e-6)  # lenpen 1
+    assert model.remove_bpe(model.string(best["tokens"])) == reference[number][1]
+    text = model.detokenize(reference[number][1])
+    assert text == model.decode(best["tokens"]) == model.translate(source) != reference[number][1]
+    both = model.generate([tokens, model.encode("a dog .")], beam=2, nbest=1)
+    assert [len(hypotheses) for hypotheses in both] == [1, 1]
+    for wrong in (tokens[None], tokens.float()):
+        with pytest.raises(FairseqError, match="ids of one dimension"):
+            model.generate(wrong)
+
+
+def test_files_where_fairseq_has_them(directory, tmp_path, monkeypatch):
+    """Codes in the model's directory under their usual names; other paths from the working directory."""
+    for name in ("bpecodes", "code"):
+        place = directory / name
+        place.write_text("a b 3\n")
+        assert TransformerModel.from_pretrained(directory, bpe="fastbpe").apply_bpe("abc") == "ab@@ c"
+        place.unlink()
+    monkeypatch.chdir(directory)
+    (directory / "codes").write_text("#version: 0.2\nb c</w>\n")
+    (directory / "elsewhere").mkdir()
+    shutil.move("model.pt", "elsewhere")
+    model = TransformerModel.from_pretrained("elsewhere", data_name_or_path="bin", bpe="subword_nmt", bpe_codes="codes")
+    assert model.apply_bpe("abc") == "a@@ bc"
 
 
 def test_a_search_can_be_stopped(directory):

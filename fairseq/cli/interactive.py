@@ -106,8 +106,8 @@ def _text_model(args: Namespace, path: str) -> TransformerModel:
     """The model or ensemble ``path`` with the text flags' way from raw text and back."""
     models, data = _open(args, path)
     pipeline = text_pipeline(args, data)
-    decode = pipeline.decode
-    pipeline = replace(pipeline, decode=lambda tokens: decode(post_process(tokens, args.post_process)))
+    remove_bpe = pipeline.remove_bpe
+    pipeline = replace(pipeline, remove_bpe=lambda tokens: remove_bpe(post_process(tokens, args.post_process)))
     languages = {"source_lang": data.source_lang, "target_lang": data.target_lang}
     return TransformerModel(models, data.src_dict, data.tgt_dict, pipeline, **languages)
 

@@ -20,15 +20,29 @@ LARGEST_MODEL = 2**28  # bytes of a SentencePiece model; those of 256,000 pieces
 
 @dataclass(frozen=True)
 class TextPipeline:
-    """Text to tokens and back.
+    """Text to tokens and back, and the steps of that, each from text to text.
 
-    encode: raw source text -> space-separated tokens, as the training data has them. decode: target tokens -> plain
-    text. decode_source: the same of source tokens.
+    tokenize, apply_bpe: of the source. remove_bpe: of either side. detokenize, detokenize_source: of the target's and
+    the source's words.
     """
 
-    encode: Callable[[str], str]
-    decode: Callable[[str], str]
-    decode_source: Callable[[str], str]
+    tokenize: Callable[[str], str]
+    apply_bpe: Callable[[str], str]
+    remove_bpe: Callable[[str], str]
+    detokenize: Callable[[str], str]
+    detokenize_source: Callable[[str], str]
+
+    def encode(self, text: str) -> str:
+        """Raw source text -> space-separated tokens, as the training data has them."""
+        return self.apply_bpe(self.tokenize(text))
+
+    def decode(self, tokens: str) -> str:
+        """Target tokens -> plain text."""
+        return self.detokenize(self.remove_bpe(tokens))
+
+    def decode_source(self, tokens: str) -> str:
+        """Source tokens -> plain text."""
+        return self.detokenize_source(self.remove_bpe(tokens))
 
 
 def make_text_pipeline(
@@ -54,11 +68,12 @@ def make_text_pipeline(
     (tokenize, detokenize_source), (_, detokenize) = (
         _tokenizer(tokenizer, lang, moses) for lang in (source_lang, target_lang)
     )
-    segment = _segmentation(bpe, bpe_codes, sentencepiece_model)
     return TextPipeline(
-        encode=lambda text: segment(tokenize(text)),
-        decode=lambda tokens: detokenize(post_process(tokens, bpe)),
-        decode_source=lambda tokens: detokenize_source(post_process(tokens, bpe)),
+        tokenize,
+        _segmentation(bpe, bpe_codes, sentencepiece_model),
+        lambda tokens: post_process(tokens, bpe),
+        detokenize,
+        detokenize_source,
     )
 
 

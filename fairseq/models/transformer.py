@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fairseq.admin.residual import ResidualSite
 from fairseq.errors import FairseqError
+from fairseq.models import __getattr__  # noqa: F401  (TransformerModel is found here too, as in fairseq)
 from fairseq.models.config import TransformerConfig
 from fairseq.modules.attention import MultiheadAttention
 from fairseq.modules.decoder_cache import DecoderCache
