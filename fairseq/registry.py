@@ -73,6 +73,9 @@ CRITERIONS: Registry[Callable[..., Any]] = Registry("criterion")
 RESIDUAL_RULES: Registry[Callable[..., Any]] = Registry("init type")
 
 
+_BUILT_IN = {"radam_fairseq": "; --optimizer radam needs none"}  # directory of other programs -> advice
+
+
 def import_user_dir(path: str | None) -> None:
     """Import the Python package at directory ``path`` (``--user-dir``) so that it can register its own parts.
 
@@ -83,12 +86,13 @@ def import_user_dir(path: str | None) -> None:
     if path is None:
         return
     directory = Path(path).resolve()
+    hint = _BUILT_IN.get(directory.name, "")
     init = directory / "__init__.py"
     name = f"fairseq_user_dir_{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"  # names may repeat
     if name in sys.modules:
         return
     if not init.is_file():
-        raise FairseqError(f"--user-dir {path}: no package there; make a directory with an __init__.py")
+        raise FairseqError(f"--user-dir {path}: no package there; make a directory with an __init__.py{hint}")
     spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(directory)])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -100,4 +104,4 @@ def import_user_dir(path: str | None) -> None:
         raise
     except Exception as error:
         del sys.modules[name]
-        raise FairseqError(f"--user-dir {path}: {type(error).__name__} on import: {error}") from error
+        raise FairseqError(f"--user-dir {path}: {type(error).__name__} on import: {error}{hint}") from error

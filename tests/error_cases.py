@@ -63,7 +63,7 @@ CASES = {
         "generate bin --path toy.pt --fp16",
         "validate bin --path toy.pt --fp16",
     ],
-    "--user-dir *: no package": [f"{RUN} --user-dir bin"],
+    "--user-dir *: no package": [f"{RUN} --user-dir {name}" for name in ("bin", "../radam_fairseq")],
     "--user-dir *: * on import": [f"{RUN} --user-dir user_broken"],
     "* '*' is registered twice": [f"{RUN} --user-dir user_twice"],
     "* '*': its config is no": [f"{RUN} --user-dir user_undecorated"],
@@ -211,7 +211,7 @@ CASES = {
     "--sacrebleu and --scoring chrf": [f"{GENERATE} --sacrebleu --scoring chrf"],
     "--finetune-from-model contradicts": [f"{RUN} --finetune-from-model toy.pt --restore-file toy.pt"],
     "--finetune-from-model *": [f"{RUN} --finetune-from-model nowhere.pt"],
-    "--restore-file *": [f"{RUN} --restore-file nowhere.pt"],
+    "--restore-file *": [f"{RUN} --restore-file nowhere.pt --save-dir saved"],
     "--save-dir *": [f"{RUN} --save-dir good.xx/out"],
     "checkpoint *; continue": [f"{RUN} --save-dir damaged_last"],
     "checkpoint * has no optimiser": [f"{RUN} --restore-file tiny.pt"],
@@ -501,6 +501,8 @@ def _write_checkpoints(root: Path) -> None:
     diverged = toy_model()
     diverged.encoder.layers[1].feed_forward.fc1.bias.data[3] = float("nan")
     write_toy_checkpoint(diverged, root / "nan.pt")
+    (root / "saved").mkdir()
+    shutil.copy(root / "toy.pt", root / "saved/checkpoint_last.pt")
     (root / "cut.pt").write_bytes((root / "toy.pt").read_bytes()[:5000])
     torch.save(torch.ones(3), root / "tensor.pt")
     state: dict[str, Any] = torch.load(root / "toy.pt", weights_only=False)

@@ -246,7 +246,6 @@ def test_finetuning_takes_the_parameters_alone(toy_databin, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
-        (("--restore-file", "nowhere.pt"), 1, "--restore-file nowhere.pt: no such file"),
         (("--finetune-from-model", "nowhere.pt"), 1, "--finetune-from-model nowhere.pt: no such file"),
         (("--finetune-from-model", "a.pt", "--restore-file", "b.pt"), 2, "contradict"),
         (("--save-dir", f"{__file__}/below"), 1, "--save-dir"),
@@ -256,6 +255,18 @@ def test_finetuning_takes_the_parameters_alone(toy_databin, tmp_path):
 )
 def test_bad_paths(toy_databin, tmp_path, capsys, flags, status, message):
     assert_fails(capsys, status, message, *command_line(toy_databin, tmp_path, "--max-update", 1, *flags))
+
+
+def test_restore_file_that_is_not_there(toy_databin, tmp_path, capsys, caplog):
+    """Commands that are published name one so as not to continue; what is there is not overwritten."""
+    flags = ("--restore-file", "x.pt", "--max-update", 2)
+    assert updates(train(toy_databin, tmp_path / "x", *flags)) == updates(
+        train(toy_databin, tmp_path / "plain", "--max-update", 2)
+    )
+    assert "--restore-file x.pt: no such file; training from scratch" in caplog.messages
+    before = (tmp_path / "x" / LAST).read_bytes()
+    assert_fails(capsys, 1, f"would overwrite {tmp_path}/x/{LAST}", *command_line(toy_databin, tmp_path / "x", *flags))
+    assert (tmp_path / "x" / LAST).read_bytes() == before
 
 
 def test_checkpoint_that_does_not_fit(toy_databin, tmp_path, capsys):

@@ -152,14 +152,21 @@ class CheckpointManager:
     def find(self) -> tuple[Path | None, bool]:
         """The checkpoint to start from, and whether only its parameters count (``--finetune-from-model``).
 
-        Raises FairseqError when a file that was named is not there.
+        As in fairseq, a ``--restore-file`` that is not there starts training from scratch: published commands say so.
+        Raises FairseqError when that would overwrite a training, and when there is no ``--finetune-from-model``.
         """
         cfg = self.cfg
         path = self.directory / LAST if cfg.restore_file == LAST else Path(cfg.restore_file)
         if path.is_file():
             return path, False
         if cfg.restore_file != LAST:
-            raise FairseqError(f"--restore-file {cfg.restore_file}: no such file")
+            if (self.directory / LAST).exists():
+                raise FairseqError(
+                    f"--restore-file {cfg.restore_file}: no such file, and training from scratch would overwrite "
+                    f"{self.directory / LAST}; leave the flag out to continue from that, or take another --save-dir"
+                )
+            logger.warning(f"--restore-file {cfg.restore_file}: no such file; training from scratch")
+            return None, False
         if cfg.finetune_from_model is None:
             return None, False
         if not Path(cfg.finetune_from_model).is_file():
