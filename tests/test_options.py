@@ -113,6 +113,10 @@ def test_spellings(old, name, value):
         (("--no-such-flag",), "error: unrecognized arguments: --no-such-flag"),
         (("--max-epo", "3"), "(--max-epo: did you mean --max-epoch?)"),  # no abbreviations
         (("--amp", "--max-tokns=3"), "(--amp: use --fp16 alone; parameters stay in float32; --max-tokns: did you mean"),
+        (
+            ("--beam", "4", "--buffer-size=9"),
+            "(--beam: a flag of fairseq-generate; --buffer-size: a flag of fairseq-int",
+        ),
         (("--encoder-layerdrop", "0.2"), "(--encoder-layerdrop: fairseq's, not supported here)"),
         (("--optimizer", "sgd", "--adam-betas", "(0.9, 0.98)"), "--adam-betas"),
         (("--optimizer", "adam", "--momentum", "0.9"), "--momentum"),

@@ -98,10 +98,23 @@ VALIDATE_SECTIONS: Sections = (
 def make_parser(prog: str, description: str, sections: Sections) -> Parser:
     """A parser with the flags of ``sections``; unknown and abbreviated flags are usage errors (exit 2)."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.elsewhere = _command_of
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     for config, title in sections:
         add_flags(parser, config, title)
     return parser
+
+
+def _command_of(flag: str) -> str:
+    """A command that has ``flag``; empty if none has it. Architectures' flags aside, whose import takes seconds."""
+    for command, sections in (
+        ("fairseq-train", TRAIN_SECTIONS),
+        ("fairseq-generate", GENERATE_SECTIONS),
+        ("fairseq-interactive", INTERACTIVE_SECTIONS),
+    ):
+        if any(flag in spellings_of(config) for config, _ in sections):
+            return command
+    return ""
 
 
 def parse_args(

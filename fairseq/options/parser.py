@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 CLOSE = 0.75  # of 1: likeness from which another flag may have been meant
@@ -47,12 +47,14 @@ _ADVICE = {flag: advice for flags, advice in _INSTEAD for flag in flags.split()}
 class Parser(argparse.ArgumentParser):
     """Usage is one line; an unknown flag is answered with what to do instead, or with the flag that looks like it.
 
-    others: flags that only another choice has (such as another optimiser), and whose.
+    others: flags that only another choice has (such as another optimiser), and whose. elsewhere: a flag -> the command
+    that has it, or nothing.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.others: dict[str, str] = {}
+        self.elsewhere: Callable[[str], str] = lambda flag: ""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's. Exits with status 2 on a usage error."""
@@ -88,6 +90,8 @@ class Parser(argparse.ArgumentParser):
                 found.append(f"{name}: a flag of {self.others[name]}")
             elif name in _ADVICE:
                 found.append(f"{name}: {_ADVICE[name]}")
+            elif command := self.elsewhere(name):
+                found.append(f"{name}: a flag of {command}")
             elif like:
                 found.append(f"{name}: did you mean {like[0]}?")
         return f" ({'; '.join(found)})" if found else ""
