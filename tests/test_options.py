@@ -107,6 +107,23 @@ def test_spellings(old, name, value):
 # -- usage errors
 
 
+@pytest.mark.parametrize("command", ["preprocess", "train", "validate", "generate", "interactive"])
+def test_fairseqs_flags_are_there_or_answered(command, capsys):
+    """fairseq_flags.txt: what 0.12.2's parsers of the translation task have, with Adam and inverse_sqrt."""
+    text = (ROOT / "tests/fairseq_flags.txt").read_text()
+    [theirs] = [part.split() for part in text.split("fairseq-") if part.startswith(command)]
+    main = importlib.import_module(f"fairseq.cli.{command}").main
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    ours = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", capsys.readouterr().out))
+    unknown = [flag for flag in theirs[1:] if flag not in ours]
+    assert 15 < len(unknown) < len(theirs) - 15
+    with pytest.raises(SystemExit):
+        main([*(["x"] if command != "preprocess" else []), *unknown])
+    [message] = [line for line in capsys.readouterr().err.splitlines() if "unrecognized arguments" in line]
+    assert [flag for flag in unknown if f"{flag}: " not in message] == []
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

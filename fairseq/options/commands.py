@@ -106,7 +106,7 @@ def make_parser(prog: str, description: str, sections: Sections) -> Parser:
 
 
 def _command_of(flag: str) -> str:
-    """A command that has ``flag``; empty if none has it. Architectures' flags aside, whose import takes seconds."""
+    """A command that has ``flag``; empty if none has it."""
     for command, sections in (
         ("fairseq-train", TRAIN_SECTIONS),
         ("fairseq-generate", GENERATE_SECTIONS),
@@ -114,7 +114,14 @@ def _command_of(flag: str) -> str:
     ):
         if any(flag in spellings_of(config) for config, _ in sections):
             return command
-    return ""
+    if "torch" not in sys.modules:  # the rest would import it, which takes seconds
+        return ""
+    from fairseq import criterions, optim  # noqa: F401  (they register themselves)
+    from fairseq.models.config import TransformerConfig
+
+    parts = [registry.config(name) for _, registry in COMPONENTS for name in registry.names()]
+    in_training = any(flag in spellings_of(config) for config in [TransformerConfig, *filter(None, parts)])
+    return "fairseq-train" if in_training else ""
 
 
 def parse_args(

@@ -9,6 +9,7 @@ from typing import Any
 
 CLOSE = 0.75  # of 1: likeness from which another flag may have been meant
 _NOT_HERE = "fairseq's, not supported here"
+_LEAVE = "leave it out"
 _PROCESSES = "run fairseq-train under torchrun, which tells the processes about each other"
 _MMAP = "data-bins are read in the mmap format alone, which fairseq-preprocess writes"
 # Flags of fairseq that translation with Transformers may be used with, and what to do here
@@ -21,8 +22,8 @@ _INSTEAD = (
     ("--left-pad-target", "targets are padded on the right"),
     ("--relative-step --warmup-init", "give --lr, and the schedule that you want"),
     ("--max-lr", "with --lr-scheduler cosine --lr is the highest rate and --stop-min-lr the lowest"),
-    ("--find-unused-parameters --fix-batches-to-gpus --empty-cache-freq --all-gather-list-size", "leave it out"),
-    ("--no-beamable-mm --no-early-stop --data-buffer-size --suppress-crashes --fixed-validation-seed", "leave it out"),
+    ("--find-unused-parameters --fix-batches-to-gpus --empty-cache-freq --all-gather-list-size", _LEAVE),
+    ("--no-beamable-mm --no-early-stop --data-buffer-size --suppress-crashes --fixed-validation-seed", _LEAVE),
     ("--moses-source-lang --moses-target-lang", "they are --source-lang and --target-lang"),
     ("--num-batch-buckets", "--batch-shapes N pads to few shapes"),
     ("--align-suffix --alignfile", _NOT_HERE),
@@ -30,16 +31,39 @@ _INSTEAD = (
     ("--sacrebleu-tokenizer --sacrebleu-lowercase --sacrebleu-char-level", "sacrebleu's defaults are used"),
     ("--checkpoint-suffix --checkpoint-shard-count", "a checkpoint is one file"),
     ("--cpu-offload", "--ddp-backend fully_sharded, --checkpoint-activations and --offload-activations save memory"),
-    ("--constraints --diverse-beam-groups --diverse-beam-strength --diversity-rate --retain-dropout", _NOT_HERE),
-    ("--lm-path --lm-weight --print-step --iter-decode-max-iter --optimizer-overrides", _NOT_HERE),
+    ("--amp-init-scale", "use --fp16-init-scale"),
+    ("--amp-scale-window", "use --fp16-scale-window"),
+    (
+        "--use-old-adam --fast-stat-sync --broadcast-buffers --gradient-as-bucket-view --on-cpu-convert-precision",
+        _LEAVE,
+    ),
+    ("--use-plasma-view --plasma-path --no-reshard-after-forward --fp32-reduce-scatter --use-sharded-state", _LEAVE),
+    ("--not-fsdp-flatten-parameters --min-params-to-wrap --load-checkpoint-on-all-dp-ranks --reset-logging", _LEAVE),
+    ("--no-seed-provided --amp-batch-retries", _LEAVE),
+    ("--ignore-unused-valid-subsets", "only --valid-subset is validated on"),
+    ("--zero-sharding", "--ddp-backend fully_sharded divides parameters and the optimiser's state"),
+    ("--bpe-separator", "it is @@"),
+    ("--constraints --diverse-beam-groups --diverse-beam-strength --diversity-rate", _NOT_HERE),
+    ("--lm-path --lm-weight --print-step --optimizer-overrides --eos-token", _NOT_HERE),
     ("--encoder-layerdrop --decoder-layerdrop --encoder-layers-to-keep --decoder-layers-to-keep", _NOT_HERE),
-    ("--quant-noise-pq --quant-noise-pq-block-size --quant-noise-scalar", _NOT_HERE),
-    ("--adaptive-input --adaptive-softmax-cutoff --adaptive-softmax-dropout --tie-adaptive-weights", _NOT_HERE),
+    ("--tie-adaptive-weights --tie-adaptive-proj --char-inputs --export", _NOT_HERE),
     ("--decoder-input-dim --decoder-output-dim --encoder-embed-path --decoder-embed-path", _NOT_HERE),
     ("--no-cross-attention --cross-self-attention --layer-wise-attention --no-decoder-final-norm", _NOT_HERE),
-    ("--report-accuracy --ignore-prefix-size --load-alignments", _NOT_HERE),
-    ("--curriculum --combine-valid-subsets --validate-after-updates --decoding-format", _NOT_HERE),
-    ("--stop-time-hours --keep-interval-updates-pattern --store-ema --use-bmuf --tpu --azureml-logging", _NOT_HERE),
+    ("--encoder-xformers-att-config --decoder-xformers-att-config --model-parallel-size", _NOT_HERE),
+    (
+        "--report-accuracy --ignore-prefix-size --load-alignments --fp16-adam-stats --quantization-config-path",
+        _NOT_HERE,
+    ),
+    ("--curriculum --combine-valid-subsets --combine-val --validate-after-updates --max-valid-steps --nval", _NOT_HERE),
+    ("--grouped-shuffling --skip-remainder-batch --update-epoch-batch-itr --update-ordered-indices-seed", _NOT_HERE),
+    (
+        "--stop-time-hours --continue-once --keep-interval-updates-pattern --store-ema --use-bmuf --decoding-format",
+        _NOT_HERE,
+    ),
+    ("--tpu --azureml-logging --profile --ddp-comm-hook --localsgd-frequency", _NOT_HERE),
+)
+_FAMILIES_NOT_HERE = tuple(
+    "--adaptive- --aim- --base- --ema- --iter-decode- --pipeline- --quant-noise- --retain- --slowmo-".split()
 )
 _ADVICE = {flag: advice for flags, advice in _INSTEAD for flag in flags.split()}
 
@@ -90,6 +114,8 @@ class Parser(argparse.ArgumentParser):
                 found.append(f"{name}: a flag of {self.others[name]}")
             elif name in _ADVICE:
                 found.append(f"{name}: {_ADVICE[name]}")
+            elif name.startswith(_FAMILIES_NOT_HERE):
+                found.append(f"{name}: {_NOT_HERE}")
             elif command := self.elsewhere(name):
                 found.append(f"{name}: a flag of {command}")
             elif like:
