@@ -33,13 +33,10 @@ _INSTEAD = (
     ("--cpu-offload", "--ddp-backend fully_sharded, --checkpoint-activations and --offload-activations save memory"),
     ("--amp-init-scale", "use --fp16-init-scale"),
     ("--amp-scale-window", "use --fp16-scale-window"),
-    (
-        "--use-old-adam --fast-stat-sync --broadcast-buffers --gradient-as-bucket-view --on-cpu-convert-precision",
-        _LEAVE,
-    ),
+    ("--use-old-adam --fast-stat-sync --broadcast-buffers --gradient-as-bucket-view --no-seed-provided", _LEAVE),
     ("--use-plasma-view --plasma-path --no-reshard-after-forward --fp32-reduce-scatter --use-sharded-state", _LEAVE),
     ("--not-fsdp-flatten-parameters --min-params-to-wrap --load-checkpoint-on-all-dp-ranks --reset-logging", _LEAVE),
-    ("--no-seed-provided --amp-batch-retries", _LEAVE),
+    ("--on-cpu-convert-precision --amp-batch-retries", _LEAVE),
     ("--ignore-unused-valid-subsets", "only --valid-subset is validated on"),
     ("--zero-sharding", "--ddp-backend fully_sharded divides parameters and the optimiser's state"),
     ("--bpe-separator", "it is @@"),
@@ -50,20 +47,15 @@ _INSTEAD = (
     ("--decoder-input-dim --decoder-output-dim --encoder-embed-path --decoder-embed-path", _NOT_HERE),
     ("--no-cross-attention --cross-self-attention --layer-wise-attention --no-decoder-final-norm", _NOT_HERE),
     ("--encoder-xformers-att-config --decoder-xformers-att-config --model-parallel-size", _NOT_HERE),
-    (
-        "--report-accuracy --ignore-prefix-size --load-alignments --fp16-adam-stats --quantization-config-path",
-        _NOT_HERE,
-    ),
+    ("--report-accuracy --ignore-prefix-size --load-alignments --fp16-adam-stats --decoding-format", _NOT_HERE),
     ("--curriculum --combine-valid-subsets --combine-val --validate-after-updates --max-valid-steps --nval", _NOT_HERE),
     ("--grouped-shuffling --skip-remainder-batch --update-epoch-batch-itr --update-ordered-indices-seed", _NOT_HERE),
-    (
-        "--stop-time-hours --continue-once --keep-interval-updates-pattern --store-ema --use-bmuf --decoding-format",
-        _NOT_HERE,
-    ),
-    ("--tpu --azureml-logging --profile --ddp-comm-hook --localsgd-frequency", _NOT_HERE),
+    ("--stop-time-hours --continue-once --keep-interval-updates-pattern --store-ema --use-bmuf --tpu", _NOT_HERE),
+    ("--azureml-logging --profile --ddp-comm-hook --localsgd-frequency --quantization-config-path", _NOT_HERE),
 )
-_FAMILIES_NOT_HERE = tuple(
-    "--adaptive- --aim- --base- --ema- --iter-decode- --pipeline- --quant-noise- --retain- --slowmo-".split()
+_FAMILIES_NOT_HERE = (
+    *("--adaptive-", "--aim-", "--base-", "--ema-", "--iter-decode-", "--pipeline-", "--quant-noise-", "--retain-"),
+    "--slowmo-",
 )
 _ADVICE = {flag: advice for flags, advice in _INSTEAD for flag in flags.split()}
 
