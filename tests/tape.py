@@ -13,14 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 # What gives a number or a shape that depends on numbers; on a GPU these wait
 READS_BACK = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal")
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    """Those in nested lists, tuples and dicts. (torch's own tree_flatten takes most of a test's time.)"""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for item in value for tensor in _tensors(item)]
+
+
 def _storages(value: Any) -> dict[int, Tensor]:
-    return {t.untyped_storage().data_ptr(): t for t in tree_flatten(value)[0] if isinstance(t, Tensor) and t.numel()}
+    return {t.untyped_storage().data_ptr(): t for t in _tensors(value) if t.numel()}
 
 
 class Tape(TorchDispatchMode):
@@ -28,7 +38,8 @@ class Tape(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations: list[tuple[Any, Any, Any, Any]] = []
+        # function, arguments, and the results that are no view of an argument: their place among all, and they
+        self.operations: list[tuple[Any, Any, Any, list[tuple[int, Tensor]]]] = []
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # storage -> what was there before, and a copy of it
         self.own: set[int] = set()  # storages made on the way
 
@@ -43,8 +54,10 @@ class Tape(TorchDispatchMode):
                 whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
                 self.before[pointer] = whole, whole.clone()
         out = func(*args, **kwargs)
-        self.own.update(_storages(out).keys() - inputs.keys() - self.before.keys())
-        self.operations.append((func, args, kwargs, out))
+        new = _storages(out).keys() - inputs.keys()
+        self.own.update(new - self.before.keys())
+        made = [(i, t) for i, t in enumerate(_tensors(out)) if t.untyped_storage().data_ptr() in new]
+        self.operations.append((func, args, kwargs, made))
         return out
 
     @classmethod
@@ -64,12 +77,10 @@ class Tape(TorchDispatchMode):
     @torch.no_grad()
     def repeat(self) -> None:
         """All of it again, with the same tensors and numbers."""
-        for func, args, kwargs, out in self.operations:
-            inputs = _storages((args, kwargs))
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
-                if isinstance(old, Tensor) and old.numel() and old.untyped_storage().data_ptr() not in inputs:
-                    old.copy_(new)
+        for func, args, kwargs, made in self.operations:
+            again = _tensors(func(*args, **kwargs))
+            for i, old in made:
+                old.copy_(again[i])
 
 
 class TapeRecorder:
