@@ -5,5 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 echo "== ruff check";  ruff check .
 echo "== ruff format"; ruff format --check .
 echo "== mypy";        mypy
-# tiny tensors: a process of one thread on each of two cores
-echo "== pytest";      OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile "$@"
+# tiny tensors: a process of one thread on each of two cores; the longest files first, see tests/conftest.py
+echo "== pytest";      OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

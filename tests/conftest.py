@@ -17,6 +17,16 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("any machine")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+# The files that take longest, roughly in order: first, so that no process is left alone with one at the end. Those with
+# short timeouts are not next to the compiler.
+LONGEST = ("compile", "fake_cuda", "same_training", "recipes", "heartbeat", "distributed", "out_of_memory", "faults")
+LONGEST += ("capture", "bench_generate", "residual_rules", "sbatch", "training", "corpus_cleaning", "generate")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """pytest-xdist hands the files out in this order with ``--no-loadscope-reorder``, else those of many tests first."""
+    order = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
