@@ -24,7 +24,7 @@ LONGEST += ("capture", "bench_generate", "residual_rules", "sbatch", "training",
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """pytest-xdist hands the files out in this order with ``--no-loadscope-reorder``, else those of many tests first."""
+    """With ``--no-loadscope-reorder`` pytest-xdist hands files out in this order, else those of many tests first."""
     order = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
