@@ -45,17 +45,17 @@ def test_it_requeues_a_job_until_it_is_done(toy_databin, tmp_path):
         (programs / name).chmod(0o755)
     job = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": str(os.getpid()), "DIRECTORY": str(tmp_path)}
     environment = os.environ | job | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    arguments = command_line(toy_databin, tmp_path / "run", "--max-epoch", 40, "--save-interval-updates", 2)
+    arguments = command_line(toy_databin, tmp_path / "run", "--max-epoch", 16, "--save-interval-updates", 2)
     command = ["bash", str(Path(ROOT) / "scripts" / "train.sbatch"), *map(str, arguments)]
 
     first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert first.returncode == 138, first.stderr
     assert (tmp_path / "scontrol").read_text() == f"requeue {os.getpid()}\n"
     stopped_at = last(tmp_path / "run")["optimizer_history"][-1]["num_updates"]
-    assert 2 <= stopped_at < 160
+    assert 2 <= stopped_at < 64
 
     second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert second.returncode == 0, second.stderr
     assert (tmp_path / "scontrol").read_text().count("requeue") == 1
-    assert last(tmp_path / "run")["optimizer_history"][-1]["num_updates"] == 160
-    assert sorted(updates(logged(tmp_path / "run"))) == list(range(1, 161))
+    assert last(tmp_path / "run")["optimizer_history"][-1]["num_updates"] == 64
+    assert sorted(updates(logged(tmp_path / "run"))) == list(range(1, 65))
