@@ -126,6 +126,14 @@ def test_only_source(corpus: Path) -> None:
     ]
 
 
+def test_only_source_of_a_joined_dictionary(corpus: Path) -> None:
+    _run("--only-source", "--joined-dictionary", "--trainpref", "train", "--padding-factor", "1")
+    # fairseq 0.12.2's: the target's tokens are in it
+    expected = "A 4\nb 3\nB 1\nC 1\nD 1\nE 1\na 1\nc 1\nrare 1\nu 1\nv 1\nw 1\nx 1\n"
+    assert Path("bin/dict.en.txt").read_text() == expected
+    assert not list(Path("bin").glob("*.de*"))
+
+
 def test_large_dictionary_needs_four_bytes(corpus: Path) -> None:
     Path("d.txt").write_text("".join(f"t{n} 1\n" for n in range(65_496)))
     _run("--testpref", "test1", "--joined-dictionary", "--srcdict", "d.txt")

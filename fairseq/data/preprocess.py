@@ -30,9 +30,10 @@ def preprocess(config: PreprocessConfig) -> None:
     """Make or extend the data-bin ``config.destdir``. Raises FairseqError and leaves it as it was on any bad input."""
     _check_flags(config)
     languages = [str(config.source_lang)] + ([] if config.only_source else [str(config.target_lang)])
-    splits = _splits(config)
-    for prefix in splits.values():
-        _check_parallel([f"{prefix}.{language}" for language in languages])
+    counted, splits = _to_count(config, languages), _splits(config)
+    for split, prefix in splits.items():
+        read = [*languages, *counted] if split == "train" else languages
+        _check_parallel([f"{prefix}.{language}" for language in dict.fromkeys(read)])
     destdir = Path(config.destdir)
     _finish(destdir)
     made = [path for path in destdir.parents if not path.exists()]  # innermost first
@@ -42,7 +43,7 @@ def preprocess(config: PreprocessConfig) -> None:
         with temporary_directory(*place) as temporary, contextlib.ExitStack() as stack:
             texts = {
                 language: stack.enter_context(NumberedText(f"{config.trainpref}.{language}", temporary, config.workers))
-                for language in _to_count(config, languages)
+                for language in counted
             }
             dictionaries = _dictionaries(config, languages, texts)
             for language, dictionary in dictionaries.items():
@@ -107,12 +108,16 @@ def _given_dictionaries(config: PreprocessConfig, languages: list[str]) -> dict[
 
 
 def _to_count(config: PreprocessConfig, languages: list[str]) -> list[str]:
-    """The languages whose dictionary is built from the training text."""
+    """The languages whose training text dictionaries are built from: as in fairseq, a joined one has both sides' tokens
+    with ``--only-source`` too.
+    """
     missing = [language for language, path in _given_dictionaries(config, languages).items() if not path]
     if missing and not config.trainpref:
         raise FairseqError(
             f"no dictionary for {' and '.join(missing)}: give --trainpref to build it, or --srcdict and --tgtdict"
         )
+    if missing and config.joined_dictionary and config.only_source and config.target_lang:
+        return [*missing, config.target_lang]
     return missing
 
 
@@ -130,7 +135,7 @@ def _dictionaries(
     given = _given_dictionaries(config, languages)
     if config.joined_dictionary:
         path = given[languages[0]]
-        joined = Dictionary.load(path) if path else build(languages, config.thresholdsrc, config.nwordssrc)
+        joined = Dictionary.load(path) if path else build(list(texts), config.thresholdsrc, config.nwordssrc)
         return dict.fromkeys(languages, joined)
     limits = ((config.thresholdsrc, config.nwordssrc), (config.thresholdtgt, config.nwordstgt))
     return {

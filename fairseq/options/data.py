@@ -55,7 +55,9 @@ class PreprocessConfig:
     thresholdtgt: int = flag(0, "target words seen fewer times become <unk>")
     nwordssrc: int = flag(-1, "keep the N most frequent source words (-1: all)")
     nwordstgt: int = flag(-1, "keep the N most frequent target words (-1: all)")
-    only_source: bool = flag(False, "there is no target side")
+    only_source: bool = flag(
+        False, "binarise the source side alone (the target's training text counts for --joined-dictionary)"
+    )
     padding_factor: int = flag(8, "dictionary sizes are multiples of this", least=1)
     workers: int = flag(1, "processes", least=1)
     dict_only: bool = flag(False, "make the dictionaries alone")
