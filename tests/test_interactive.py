@@ -69,6 +69,18 @@ def test_ctranslate2(toy, monkeypatch, capsys, tmp_path):
     assert "--backend ctranslate2 does not have --unkpen" in capsys.readouterr().err
 
 
+def test_source_lines_have_the_models_tokens(toy, tmp_path, monkeypatch, capsys):
+    databin, path = toy
+    dictionary = tmp_path / "bin" / "dict.xx.txt"
+    dictionary.write_text(dictionary.read_text().replace("a ", "a@@ ", 1))
+    codes = tmp_path / "codes"
+    codes.write_text("#version: 0.2\nd e</w>\n")
+    for flags, expected in (((), "a@@ b c"), (("--remove-bpe",), "ab c")):  # fairseq-generate alone has plain text here
+        stdin(monkeypatch, b"ab c\n")
+        main([databin, "--path", path, "--bpe", "subword_nmt", "--bpe-codes", str(codes), *flags, *LIMIT])
+        assert fields(capsys.readouterr().out, "S") == [["S-0", expected]]
+
+
 def test_order_of_lines_and_blank_lines(toy, monkeypatch, capsys):
     databin, path = toy
     stdin(monkeypatch, b"a b c\n\n   \nd e")

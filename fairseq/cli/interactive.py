@@ -123,7 +123,7 @@ def _translate_lines(args: Namespace, cfg: GenerationConfig) -> None:
     models, data = _open(args, args.path)
     search = make_search(models, cfg, args.seed)
     pipeline = text_pipeline(args, data)
-    text = text_format(args, data, pipeline)
+    text = replace(text_format(args, data, pipeline), decode_source=str)  # S- lines have tokens here, as fairseq's do
     if args.input == "-" and sys.stdin.isatty():
         logger.info("type a sentence and press return; Ctrl-D ends")
     with _open_input(args.input) as lines:
