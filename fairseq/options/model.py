@@ -55,7 +55,7 @@ class ModelPathConfig:
 class AverageConfig:
     """What ``fairseq-average`` averages; ``--inputs``, which takes several values, is added to the parser by hand."""
 
-    output: str = flag("", "checkpoint to write", metavar="FILE")
+    output: str = flag("", "checkpoint to write, without an optimiser's state", metavar="FILE")
     num_epoch_checkpoints: int | None = flag(
         None, "average the last N checkpointEPOCH.pt in the directory --inputs", least=1
     )

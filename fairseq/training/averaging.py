@@ -45,7 +45,8 @@ def last_checkpoints(
 
 @torch.no_grad()
 def average_checkpoints(paths: Sequence[str | Path]) -> dict[str, Any]:
-    """A checkpoint with the mean of the parameters of ``paths``, summed in float64, in the first one's types.
+    """A checkpoint with the mean of the parameters of ``paths``, summed in float64, in the first one's types; of float16,
+    as ``--fp16`` trainings of fairseq save, in float32, as fairseq's script does it.
 
     All else is the first one's, the optimiser's state left out, which would not fit. What is no floating-point number
     is not averaged. Raises FairseqError when a file cannot be read or its parameters are not those of the first.
@@ -60,8 +61,12 @@ def average_checkpoints(paths: Sequence[str | Path]) -> dict[str, Any]:
         _check_same(parameters, other, paths[0], path)
         for name, total in sums.items():
             total += other[name]
-    means = {name: (total / len(paths)).to(parameters[name].dtype) for name, total in sums.items()}
+    means = {name: (total / len(paths)).to(_type_of_mean(parameters[name])) for name, total in sums.items()}
     return without_optimizer(first) | {"model": parameters | means}
+
+
+def _type_of_mean(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
 def _check_same(
