@@ -39,7 +39,7 @@ class ReferenceConfig:
     """What else the references serve for."""
 
     prefix_size: int = flag(0, "force the first N tokens to be the reference's", least=0)
-    score_reference: bool = flag(False, "do not search: score the reference")
+    score_reference: bool = flag(False, "do not search: score the reference; there is no BLEU then")
 
 
 @dataclass
@@ -79,7 +79,9 @@ class GenerateDataConfig:
     gen_subset: str = flag("test", "subset to translate", metavar="SPLIT")
     num_shards: int = flag(1, "split the subset in N parts", least=1)
     shard_id: int = flag(0, "translate this part, from 0", least=0)
-    results_path: str | None = flag(None, "write generate-SPLIT.txt here instead of printing", metavar="DIR")
+    results_path: str | None = flag(
+        None, "write generate-SPLIT.txt here (generate-SPLIT.shardI.txt of a shard), print the score alone", metavar="DIR"
+    )
     scoring: str = flag("bleu", "score: tokenised BLEU, sacrebleu, chrF", choices=("bleu", "sacrebleu", "chrf"))
     sacrebleu: bool = flag(False, "the same as --scoring sacrebleu")
     quiet: bool = flag(False, "print the score alone")
