@@ -80,7 +80,7 @@ class GenerateDataConfig:
     num_shards: int = flag(1, "split the subset in N parts", least=1)
     shard_id: int = flag(0, "translate this part, from 0", least=0)
     results_path: str | None = flag(
-        None, "write generate-SPLIT.txt here (generate-SPLIT.shardI.txt of a shard), print the score alone", metavar="DIR"
+        None, "write generate-SPLIT.txt here (generate-SPLIT.shardI.txt of a shard) and print the score", metavar="DIR"
     )
     scoring: str = flag("bleu", "score: tokenised BLEU, sacrebleu, chrF", choices=("bleu", "sacrebleu", "chrf"))
     sacrebleu: bool = flag(False, "the same as --scoring sacrebleu")

@@ -45,8 +45,8 @@ def last_checkpoints(
 
 @torch.no_grad()
 def average_checkpoints(paths: Sequence[str | Path]) -> dict[str, Any]:
-    """A checkpoint with the mean of the parameters of ``paths``, summed in float64, in the first one's types; of float16,
-    as ``--fp16`` trainings of fairseq save, in float32, as fairseq's script does it.
+    """A checkpoint with the mean of the parameters of ``paths``, summed in float64, in the first one's types;
+    that of float16, as ``--fp16`` trainings of fairseq save it, in float32, as by fairseq's script.
 
     All else is the first one's, the optimiser's state left out, which would not fit. What is no floating-point number
     is not averaged. Raises FairseqError when a file cannot be read or its parameters are not those of the first.
