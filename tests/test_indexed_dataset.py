@@ -30,6 +30,17 @@ def test_bytes_on_disk(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.bin", "x.idx"]
 
 
+def test_large_dictionary_of_fairseq(tmp_path: Path) -> None:
+    """Files of fairseq-preprocess 0.12.2 with a dictionary of 65,500 entries."""
+    index = "4d4d494449445800000100000000000000090100000000000000040000000000000000000000"
+    (tmp_path / "x.idx").write_bytes(bytes.fromhex(index))
+    (tmp_path / "x.bin").write_bytes(bytes.fromhex("050000007cff00000300000002000000"))
+    dataset = IndexedDataset(tmp_path / "x")
+    assert dataset[0].tolist() == [5, 65404, 3, 2]
+    taken = dataset.take(np.array([0]), dataset.sizes, 65_500)
+    assert (taken.dtype, taken.tolist()) == (np.int64, [5, 65404, 3, 2])
+
+
 def test_dtype_of_dictionary_size() -> None:
     assert dtype_for(65_499) is np.uint16
     assert dtype_for(65_500) is np.int32

@@ -31,6 +31,8 @@ DTYPES: dict[int, type[np.generic]] = {
     6: np.float32,
     7: np.float64,
     8: np.uint16,
+    9: np.uint32,  # of fairseq 0.12 for large dictionaries, where others, and we, write int32
+    10: np.uint64,
 }
 UNFINISHED = ".publishing"  # directory in a data-bin of the files that fairseq-preprocess is about to put in place
 OFFSETS_BLOCK = 2**18  # sentences whose offsets are computed, or checked, at once
