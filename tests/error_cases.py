@@ -145,7 +145,7 @@ CASES = {
     ],
     "*: sentence * has": [f"{GENERATE} --max-source-positions 3", f"{RUN} --max-target-positions 3"],
     "*: every sentence is": [f"{GENERATE} --max-source-positions 1 --skip-invalid-size-inputs-valid-test"],
-    "sentence * has * tokens": [f"{RUN} --max-tokens 3"],
+    "sentence * has * tokens": [f"{RUN} --max-tokens-valid 3", f"{GENERATE} --max-tokens 3"],
     # checkpoints
     "checkpoint *: no such file": ["generate bin --path nowhere.pt --cpu", "export nowhere.pt --output out"],
     "checkpoint *: is a directory": ["generate bin --path bin --cpu"],

@@ -76,12 +76,18 @@ def select_by_size(
     *,
     name: str,
     skip: bool,
+    max_tokens: int | None = None,
 ) -> np.ndarray:
     """Indices of the sentences no longer than ``max_positions`` (source, target), ascending.
 
-    name: what the dataset is called in messages. skip: leave longer ones out, with a warning.
+    name: what the dataset is called in messages. skip: leave longer ones out, with a warning. max_tokens: a batch's,
+    to leave out what alone has more.
     Raises FairseqError when there are longer ones and ``skip`` is false, and when no sentence is left.
     """
+    limits = f"--max-source-positions {max_positions[0]} or --max-target-positions {max_positions[1]}"
+    if max_tokens is not None and max_tokens < max(max_positions):
+        limits = f"{limits}, or --max-tokens {max_tokens}"
+        max_positions = min(max_positions[0], max_tokens), min(max_positions[1], max_tokens)
     index_type = np.int32 if len(src_sizes) < 2**31 else np.int64  # 36 million pairs: every byte an index counts
     fits = src_sizes <= max_positions[0]
     if tgt_sizes is not None:
@@ -91,7 +97,6 @@ def select_by_size(
     if fits.all():
         return np.arange(len(fits), dtype=index_type)
     dropped = np.flatnonzero(~fits)
-    limits = f"--max-source-positions {max_positions[0]} or --max-target-positions {max_positions[1]}"
     if not skip:
         first = int(dropped[0])
         lengths = f"{src_sizes[first]} source" + (f" and {tgt_sizes[first]} target" if tgt_sizes is not None else "")

@@ -38,8 +38,8 @@ class EpochBatchIterator:
     continues from a checkpoint, also with other values of the two.
 
     datasets: epoch -> the dataset of that epoch. max_positions: (source, target); longer sentences are left out with a
-    warning. batch_shapes: most shapes that batches may have (`fairseq.data.shapes`); 0: any, as small as can be. Raises
-    FairseqError as `select_by_size` and `plan_batches` do.
+    warning, and so are those of more than ``max_tokens``. batch_shapes: most shapes that batches may have
+    (`fairseq.data.shapes`); 0: any, as small as can be. Raises FairseqError as `select_by_size` and `plan_batches` do.
     """
 
     def __init__(
@@ -89,7 +89,8 @@ class EpochBatchIterator:
         if self._corpus is None or self._corpus.name != name:
             logger.info(f"{name}: {len(dataset):,} sentence pairs")
             self._corpus, sizes = None, (dataset.src_sizes, dataset.tgt_sizes)
-            selected = select_by_size(*sizes, self._max_positions, name=name, skip=True)
+            max_tokens = self._limits.max_tokens  # as in fairseq, a longer sentence does not stop training
+            selected = select_by_size(*sizes, self._max_positions, name=name, skip=True, max_tokens=max_tokens)
             limits = self._limits._replace(length_multiple=dataset.required_seq_len_multiple)
             buckets = LengthBuckets(*sizes, selected, limits)
             groups = choose_shapes(buckets, self._batch_shapes) if self._batch_shapes else None
