@@ -270,11 +270,11 @@ def test_a_process_without_a_batch_adds_nothing(toy_databin):
     [
         (("--max-update", 9), 9, "--max-update 9"),
         (("--max-epoch", 2, "--max-update", 100), 2 * EPOCH, "--max-epoch 2"),
-        (("--stop-min-lr", 0.0055, "--max-update", 100), 17, "--stop-min-lr"),
-        (("--min-lr", 0.0055), 17, "--stop-min-lr"),
+        (("--stop-min-lr", 0.0055, "--max-update", 100), 3 * EPOCH, "--stop-min-lr"),
+        (("--min-lr", 0.0055), 3 * EPOCH, "--stop-min-lr"),
         (
-            ("--min-lr", 0, "--lr-scheduler", "polynomial_decay", "--max-epoch", 2, "--total-num-update", 9),
-            9,
+            ("--min-lr", 0, "--lr-scheduler", "polynomial_decay", "--max-epoch", 3, "--total-num-update", 9),
+            2 * EPOCH,
             "--stop-min",
         ),
     ],
@@ -282,7 +282,7 @@ def test_a_process_without_a_batch_adds_nothing(toy_databin):
 )
 def test_limits(toy_databin, tmp_path, flags, count, why):
     lines = train(toy_databin, tmp_path, *flags)
-    assert max(updates(lines)) == count  # 0.01 * sqrt(5 / 17) is the first rate below 0.0055
+    assert max(updates(lines)) == count  # 0.01 * sqrt(5 / 17) is the first rate below 0.0055, in the third epoch
     assert last(tmp_path)["optimizer_history"][-1]["num_updates"] == count
     assert why in (tmp_path / "log").read_text().splitlines()[-1]
     assert [line["train_num_updates"] for line in lines if "train_loss" in line][

@@ -34,5 +34,5 @@ class LogConfig:
     log_format: str | None = flag(
         None, "how to log progress (default: tqdm, a bar, on a terminal, else simple)", choices=LOG_FORMATS
     )
-    log_interval: int = flag(100, "log every N batches", least=1)
+    log_interval: int = flag(100, "log every N updates, or batches of validation and generation", least=1)
     no_progress_bar: bool = flag(False, "text lines instead of a progress bar")

@@ -59,7 +59,9 @@ class OptimizationConfig:
 
     max_epoch: int = flag(0, "stop after this epoch (0: no limit)", least=0)
     max_update: int = flag(0, "stop after this many updates (0: no limit)", least=0)
-    stop_min_lr: float = flag(-1.0, "stop when the learning rate has fallen to this (negative: never)", "--min-lr")
+    stop_min_lr: float = flag(
+        -1.0, "stop after an epoch at whose end the learning rate has fallen to this (negative: never)", "--min-lr"
+    )
     clip_norm: float = flag(0.0, "clip the gradient norm to this (0: do not clip)", least=0)
     max_nonfinite_updates: int = flag(
         10, "give up after N updates in a row without a finite loss and gradients, which are skipped", least=1
@@ -89,8 +91,10 @@ class CheckpointConfig:
     reset_dataloader: bool = flag(False, "start the data from the first epoch, whatever the checkpoint says")
     reset_lr_scheduler: bool = flag(False, "start the schedule, and the count of updates, from 0")
     reset_meters: bool = flag(False, "do not load the best metric and the training clock")
-    reset_optimizer: bool = flag(False, "do not load the optimiser's state; start the schedule from 0")
-    save_interval: int = flag(1, "save every N epochs", least=1)
+    reset_optimizer: bool = flag(
+        False, "do not load the optimiser's state and the best metric; start the schedule from 0"
+    )
+    save_interval: int = flag(1, "save every N epochs, and at the end; the best also between", least=1)
     save_interval_updates: int = flag(0, "save (and validate) every N updates too", least=0)
     keep_interval_updates: int = flag(-1, "keep the last N of those (-1: all)", least=-1)
     keep_last_epochs: int = flag(-1, "keep the last N epoch checkpoints (-1: all)", least=-1)

@@ -16,6 +16,7 @@ from fairseq.checkpoint import load_checkpoint, save_checkpoint, updates_of
 from fairseq.errors import FairseqError, OutOfMemory, out_of_memory_ends
 from fairseq.options import LAST, CheckpointConfig
 from fairseq.training.async_save import BackgroundWriter, to_host
+from fairseq.training.logging import as_shown
 from fairseq.utils.io import atomic_copy, remove_unfinished
 
 logger = logging.getLogger("fairseq.checkpoint")
@@ -39,17 +40,23 @@ class CheckpointManager:
             except OSError as error:
                 raise FairseqError(f"--save-dir {cfg.save_dir}: cannot make it: {error.strerror}") from error
 
+    def _shown(self, value: float) -> float:
+        """The validation metric as log lines show it: as in fairseq, smaller differences do not count."""
+        return as_shown(self.cfg.best_checkpoint_metric, value)
+
     def is_better(self, value: float) -> bool:
         """Whether validation metric ``value`` is better than the best so far; what is not finite never is."""
         if self.best is None or not math.isfinite(value):
             return math.isfinite(value)
-        return value > self.best if self.cfg.maximize_best_checkpoint_metric else value < self.best
+        value, best = self._shown(value), self._shown(self.best)
+        return value > best if self.cfg.maximize_best_checkpoint_metric else value < best
 
     def note(self, value: float) -> bool:
         """Take in a validation metric; True when none before it was better."""
-        best = self.is_better(value) or value == self.best
+        shown = self._shown(value)
+        best = self.is_better(value) or (self.best is not None and shown == self._shown(self.best))
         if best:
-            self.best = value
+            self.best = shown
         return best
 
     def save(

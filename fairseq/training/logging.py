@@ -133,6 +133,11 @@ def format_stats(stats: Stats) -> dict[str, str]:
     return {name: _format(stats[name], _DIGITS.get(name.removeprefix("best_"), 3)) for name in names}
 
 
+def as_shown(name: str, value: float) -> float:
+    """The value of a statistic, rounded as lines show it."""
+    return round(value, _DIGITS.get(name, 3))
+
+
 def _format(value: float | int, digits: int | None) -> str:
     value = float(value)
     if not math.isfinite(value):
@@ -160,9 +165,10 @@ def choose_log_format(log_format: str | None, no_progress_bar: bool = False) -> 
 class TrainLog:
     """Where a run's statistics go.
 
-    log_format: simple, json, tqdm or none, see `choose_log_format`. log_interval: updates between two progress lines.
-    log_file gets every line, whatever log_format shows on the terminal. config: the run's settings, for Weights &
-    Biases. Raises FairseqError when a file cannot be opened or a package is missing.
+    log_format: simple, json, tqdm or none, see `choose_log_format`. log_interval: updates from one progress line to
+    the next, as in fairseq also across epochs. log_file gets every line, whatever log_format shows on the terminal.
+    config: the run's settings, for Weights & Biases. Raises FairseqError when a file cannot be opened or a package is
+    missing.
     """
 
     def __init__(
@@ -190,6 +196,10 @@ class TrainLog:
             self._tensorboard = _TensorBoard(tensorboard_logdir)
         if log_file is not None:
             self._file = _open_log_file(log_file)
+
+    def is_due(self, num_updates: int) -> bool:
+        """Whether a log interval ends with this update, epochs aside: the time to call `Progress.log`."""
+        return num_updates % self.log_interval == 0
 
     def progress(self, epoch: int, total: int, start: int = 0, subset: str | None = None) -> Progress:
         """Progress through one epoch of ``total`` updates from ``start`` on, or through a validation subset."""
@@ -266,15 +276,14 @@ class Progress:
         self._bar = None
         self._stack.close()
 
-    def update(self, n: int = 1) -> bool:
-        """``n`` more are done. True when a log interval has ended: the time to call `log` (on every process)."""
-        before, self._done = self._done, self._done + n
+    def update(self) -> None:
+        """One more is done."""
+        self._done += 1
         if self._bar is not None:
-            self._bar.update(n)
-        return self._done // self._log.log_interval > before // self._log.log_interval
+            self._bar.update()
 
     def log(self, stats: Stats, num_updates: int) -> None:
-        """Show the statistics of the log interval that has just ended."""
+        """Show the statistics of the log interval that has just ended. Every process calls it."""
         log, epoch = self._log, self._epoch
         stats = {**stats, "num_updates": num_updates}
         if log.log_format == "json":

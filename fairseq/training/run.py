@@ -138,7 +138,10 @@ class TrainingRun:
                 if extra.get("unfinished") is not None:
                     self.unfinished = int(extra["unfinished"]["epoch"]), bool(extra["unfinished"]["end_of_epoch"])
             if not args.reset_meters:
-                self._resume_meters(state["args"], extra)
+                self.previous_time = float(extra.get("previous_training_time", 0.0))
+                self.train_wall = float(extra.get("train_wall", 0.0))
+            if not args.reset_meters and not args.reset_optimizer:
+                self._resume_best(state["args"], extra)
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise FairseqError(
                 f"checkpoint {path}: what it holds besides parameters does not fit ({type(error).__name__}: {error}); "
@@ -147,10 +150,8 @@ class TrainingRun:
             ) from error
         logger.info(f"resumed from {path} (epoch {self.itr.epoch} @ {trainer.num_updates} updates)")
 
-    def _resume_meters(self, before: dict[str, Any], extra: dict[str, Any]) -> None:
-        """Take over the clock and, where it is of the metric asked for, the best validation. before: settings."""
-        self.previous_time = float(extra.get("previous_training_time", 0.0))
-        self.train_wall = float(extra.get("train_wall", 0.0))
+    def _resume_best(self, before: dict[str, Any], extra: dict[str, Any]) -> None:
+        """Take over the best validation, where it is of the metric asked for. before: settings."""
         best = None if extra.get("best") is None else float(extra["best"])
         metric = before.get("best_checkpoint_metric") or "loss"  # all that old fairseq has
         if metric == self.args.best_checkpoint_metric:
@@ -194,7 +195,9 @@ class TrainingRun:
         with self.signals, self.checkpoints.writer:
             unfinished, self.unfinished = self.unfinished, None
             stop = self._after_update(*unfinished) if unfinished is not None else ""
-            stop = stop or self._limit_reached()
+            stop = stop or self._limit_reached(between_epochs=self.itr.updates_done(1) == 0)
+            if not self.interval_stats.stats():
+                self.interval_stats.reset()  # the clock starts now
             while not stop:
                 stop = self._train_epoch()
             self.checkpoints.writer.wait()
@@ -204,14 +207,15 @@ class TrainingRun:
             raise SystemExit(exit_status(self.stopped_by))
         logger.info(f"done training in {time.monotonic() - self.started:.1f} seconds: {stop}")
 
-    def _limit_reached(self) -> str:
+    def _limit_reached(self, between_epochs: bool) -> str:
         """Why training ends before another update, or an empty string."""
         args, trainer = self.args, self.trainer
         if args.max_epoch and trainer.epoch > args.max_epoch:
             return f"--max-epoch {args.max_epoch} reached"
         if args.max_update and trainer.num_updates >= args.max_update:
             return f"--max-update {args.max_update} reached"
-        if args.stop_min_lr >= 0 and trainer.lr_has_fallen_to(args.stop_min_lr):
+        # an epoch is finished, as in fairseq: cosine's later periods go below this and rise again
+        if between_epochs and args.stop_min_lr >= 0 and trainer.lr_has_fallen_to(args.stop_min_lr):
             return f"learning rate {trainer.lr:g} has fallen to --stop-min-lr {args.stop_min_lr:g}"
         if 0 < args.patience <= self.bad_validations:
             return f"no better {args.best_checkpoint_metric} in --patience {args.patience} validations"
@@ -222,7 +226,6 @@ class TrainingRun:
         trainer, itr, epoch = self.trainer, self.itr, self.itr.epoch
         frequency = trainer.update_freq()
         if itr.updates_done(frequency) == 0:
-            self.interval_stats.reset()
             self.epoch_stats.reset()
         with self.log.progress(epoch, itr.updates_in_epoch(frequency), itr.updates_done(frequency)) as progress:
             for micro_batches in self.world.reading(itr.updates(frequency), lambda: trainer.num_updates):
@@ -230,7 +233,8 @@ class TrainingRun:
                 updated = trainer.train_step(micro_batches)
                 self.train_wall += time.monotonic() - began
                 self._count_flops(micro_batches)
-                if progress.update():
+                progress.update()
+                if updated and self.log.is_due(trainer.num_updates):
                     self._take_stats()
                     progress.log(self._train_stats(self.interval_stats), trainer.num_updates)
                     self.interval_stats.reset()
@@ -288,7 +292,7 @@ class TrainingRun:
         self.checkpoints.writer.check()
         if signum := self.signals.agreed():
             return self._stop(signum, epoch, end_of_epoch)
-        stop = self._limit_reached()
+        stop = self._limit_reached(end_of_epoch)
         save = bool(stop) or _due(args.save_interval_updates, updates)
         check = save if not end_of_epoch else bool(stop) or _due(args.validate_interval, epoch)
         check = check or _due(args.validate_interval_updates, updates)
@@ -307,7 +311,7 @@ class TrainingRun:
                 return self._stop(self.signals.agreed_now(), epoch, end_of_epoch)
             self.bad_validations = 0 if self.checkpoints.is_better(value) else self.bad_validations + 1
             is_best = self.checkpoints.note(value)
-            stop = stop or self._limit_reached()
+            stop = stop or self._limit_reached(end_of_epoch)
             save = save or bool(stop)
         if (save or value is not None) and not args.no_save:
             state = self._gathered_state(value)

@@ -98,28 +98,31 @@ class Validator:
     def measure(
         self, name: str, watch: Callable[[Iterable[Batch], int], Iterable[Batch]] | None = None
     ) -> dict[str, float | int]:
-        """loss, nll_loss (base 2), ppl, wps and, with ``--eval-bleu``, bleu of one subset, over all processes.
+        """loss, nll_loss (base 2), ppl, speed, batch sizes and, with ``--eval-bleu``, bleu of a subset, all processes'.
 
         watch: takes the batches and their number, and yields them again, to show progress.
         """
         was_training = self.model.training
         self.model.eval()
         averages = Averages()
-        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(len(SUMS) + 2, dtype=torch.float64, device=self.world.device)
         with batches_fit(self._read(name), f"validating on '{name}'", SMALLER_BATCHES) as batches:
             for batch in batches if watch is None else watch(batches, len(self.batches[name])):
                 if self.interrupted():
                     sums[-1] = 1  # tells the other processes
                     break
                 losses = batch_losses(self.model, self.criterion, batch, self.args, self.world.device)
-                sums[:-1] += batch_sums(batch, *losses)
-        *totals_, interrupted = self.world.sum(sums).tolist()
+                sums[: len(SUMS)] += batch_sums(batch, *losses)
+                sums[-2] += 1
+        *totals_, batches_done, interrupted = self.world.sum(sums).tolist()
         if interrupted:
             raise ValidationInterrupted
         totals = dict(zip(SUMS, totals_, strict=True))
         sample_size = totals["nsentences" if self.args.sentence_avg else "ntokens"]
         averages.add(totals | {"sample_size": sample_size})
         stats = averages.stats()
+        if steps := batches_done / self.world.size:  # batches at a time
+            stats |= {"wpb": totals["ntokens"] / steps, "bsz": totals["nsentences"] / steps}
         if self.args.eval_bleu:
             stats["bleu"] = self._bleu(name)
         self.model.train(was_training)
