@@ -223,7 +223,7 @@ CASES = {
     "--adam-betas *: two": [f"{RUN} --adam-betas '(0.9,)'"],
     "--adam-betas *: radam": [f"{RUN} --optimizer radam --adam-betas '(0.9, 0.5)'"],
     "--lr *: --lr-scheduler": [f"{RUN} --lr 0.1,0.01"],
-    "--lr *: must be above": [f"{RUN} --lr-scheduler cosine --lr-period-updates 10 --lr 0.1 --stop-min-lr 0.2"],
+    "--lr *: must be above": [f"{RUN} --lr-scheduler cosine --lr-period-updates 10 --lr 0.1 --min-lr 0.2"],
     "--lr-scheduler *: give --total": [f"{RUN} --lr-scheduler polynomial_decay"],
     "--lr-scheduler cosine": [f"{RUN} --lr-scheduler cosine"],
     "--warmup-updates": [f"{RUN} --lr-scheduler polynomial_decay --max-update 5"],

@@ -196,6 +196,9 @@ def test_select_by_size(caplog: pytest.LogCaptureFixture) -> None:
         assert select_by_size(src, tgt, (10, 20), name="valid", skip=True).tolist() == [0, 3]
     assert "valid: 2 sentences longer than" in caplog.text
     assert caplog.text.rstrip().endswith("are left out: 1, 2")
+    with caplog.at_level(logging.WARNING):
+        assert select_by_size(src, tgt, (9, 20), name="train", skip=True, max_tokens=4).tolist() == [3]
+    assert "or --max-target-positions 20, or --max-tokens 4 are left out: 0, 1, 2" in caplog.text
     assert select_by_size(src, None, (11, 1), name="valid", skip=False).tolist() == [0, 1, 2, 3]
     with pytest.raises(FairseqError, match="every sentence is longer"):
         select_by_size(src, tgt, (1, 1), name="valid", skip=True)

@@ -90,9 +90,7 @@ def _fairseq_cosine(
 @pytest.mark.parametrize("t_mult", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("lowest", [0.0, 1e-5])
 def test_cosine(t_mult: float, lowest: float) -> None:
-    config = CosineConfig(
-        warmup_updates=5, t_mult=t_mult, lr_period_updates=20, lr_shrink=0.5, stop_min_lr=lowest or -1.0
-    )
+    config = CosineConfig(warmup_updates=5, t_mult=t_mult, lr_period_updates=20, lr_shrink=0.5, min_lr=lowest)
     lr_at = _schedule("cosine", config, [1e-3])
     for n in range(400):
         assert lr_at(n, 1) == pytest.approx(_fairseq_cosine(1e-3, lowest, 5, 20, t_mult, 0.5, n), rel=1e-9)
@@ -109,9 +107,9 @@ def test_cosine_spans_the_training_by_default() -> None:
 def test_cosine_at_its_edges() -> None:
     every_update = _schedule("cosine", CosineConfig(lr_period_updates=1, lr_shrink=0.5), [8.0], 100)
     assert [every_update(n, 1) for n in range(4)] == [8.0, 4.0, 2.0, 1.0]
-    from_zero = _schedule("cosine", CosineConfig(warmup_updates=4, warmup_init_lr=0.0, stop_min_lr=0.5), [1.0], 8)
+    from_zero = _schedule("cosine", CosineConfig(warmup_updates=4, warmup_init_lr=0.0, min_lr=0.5), [1.0], 8)
     assert [from_zero(n, 1) for n in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    by_default = _schedule("cosine", CosineConfig(warmup_updates=4, stop_min_lr=0.5), [1.0], 8)
+    by_default = _schedule("cosine", CosineConfig(warmup_updates=4, min_lr=0.5), [1.0], 8)
     assert [by_default(n, 1) for n in (0, 2, 4, 6)] == pytest.approx([0.5, 0.75, 1.0, 0.75])
     whole = _schedule("cosine", CosineConfig(lr_period_updates=0), [1.0], 1)
     assert whole(0, 1) == 1.0
@@ -137,8 +135,8 @@ def test_fixed_by_epoch() -> None:
         ("linear", LinearConfig(warmup_updates=100), [0.1], 100, "--warmup-updates 100"),
         ("linear", LinearConfig(end_learning_rate=-1.0), [0.1], 100, "must not be negative"),
         ("cosine", CosineConfig(), [0.1], 0, "--lr-period-updates"),
-        ("cosine", CosineConfig(stop_min_lr=0.2), [0.1], 10, "above --stop-min-lr"),
-        ("cosine", CosineConfig(stop_min_lr=0.1), [0.1], 10, "above --stop-min-lr"),
+        ("cosine", CosineConfig(min_lr=0.2), [0.1], 10, "above --min-lr"),
+        ("cosine", CosineConfig(min_lr=0.1), [0.1], 10, "above --min-lr"),
         ("cosine", CosineConfig(warmup_updates=10), [0.1], 10, "--max-update above --warmup-updates"),
         ("linear", LinearConfig(total_num_update=0), [0.1], 10, "--total-num-update or --max-update"),
         ("cosine", CosineConfig(t_mult=0.5), [0.1], 10, "--t-mult"),

@@ -277,6 +277,11 @@ def test_a_process_without_a_batch_adds_nothing(toy_databin):
             2 * EPOCH,
             "--stop-min",
         ),
+        (  # its lowest rate ends no training, nor is any rate of a later period below that
+            ("--lr-scheduler", "cosine", "--min-lr", 0.002, "--lr-period-updates", 4, "--max-epoch", 3),
+            3 * EPOCH,
+            "--max-epoch 3",
+        ),
     ],
     ids=str,
 )
@@ -299,6 +304,18 @@ def test_the_rate_has_fallen_when_it_is_low_and_does_not_rise(toy_databin):
     for trainer.num_updates in range(len(rates)):
         found.append(trainer.lr_has_fallen_to(1.2))
     assert found == [False, False, False, False, True, True, True, False, True]
+
+
+def test_log_interval_is_of_updates_across_epochs(toy_databin, tmp_path):
+    """fairseq's lines with epochs of 10 updates and --log-interval 15 are those of updates 15 and 30."""
+    flags = ("--max-epoch", 3, "--batch-size-valid", 8)
+    lines = train(toy_databin, tmp_path / "long", *flags, "--log-interval", 10)
+    assert list(updates(lines)) == [10, 20]
+    by_one = updates(train(toy_databin, tmp_path / "each", *flags))
+    tokens = [by_one[number]["wpb"] for number in range(11, 21)]
+    assert updates(lines)[20]["wpb"] == pytest.approx(sum(tokens) / 10, abs=0.06)
+    (first, *_) = [line for line in lines if "valid_loss" in line]
+    assert first["valid_bsz"] == 7.5  # 30 sentences in 4 batches
 
 
 def test_patience_counts_validations_without_a_better_one(toy_databin, tmp_path):

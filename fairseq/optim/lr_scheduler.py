@@ -55,14 +55,14 @@ class PolynomialDecayConfig:
 
 @dataclass
 class CosineConfig:
-    """Flags of cosine. Its lowest rate is ``--stop-min-lr``, or 0."""
+    """Flags of cosine. Its lowest rate is ``--min-lr``, or 0."""
 
     warmup_updates: int = flag(0, WARMUP_HELP)
     warmup_init_lr: float = flag(-1.0, WARMUP_INIT_HELP)
     t_mult: float = flag(1.0, "each period is this many times as long as the one before")
     lr_period_updates: float = flag(-1.0, "updates in the first period; negative: --max-update less the warm-up")
     lr_shrink: float = flag(0.1, SHRINK_HELP)
-    stop_min_lr: float = -1.0
+    min_lr: float | None = None
 
 
 @dataclass
@@ -147,7 +147,7 @@ def cosine(config: CosineConfig, lrs: list[float], max_update: int) -> LrAt:
 
     Loshchilov and Hutter 2017, "SGDR". A period is ``t_mult`` times as long as the one before.
     """
-    peak, warmup, lowest = _single("cosine", lrs), config.warmup_updates, max(config.stop_min_lr, 0.0)
+    peak, warmup, lowest = _single("cosine", lrs), config.warmup_updates, max(config.min_lr or 0.0, 0.0)
     start = config.warmup_init_lr if config.warmup_init_lr >= 0 else lowest
     period = config.lr_period_updates if config.lr_period_updates > 0 else max_update - warmup
     if period <= 0:
@@ -155,7 +155,7 @@ def cosine(config: CosineConfig, lrs: list[float], max_update: int) -> LrAt:
     if config.t_mult < 1:
         raise FairseqError(f"--t-mult {config.t_mult}: must be at least 1")
     if peak <= lowest:
-        raise FairseqError(f"--lr {peak}: must be above --stop-min-lr {lowest}")
+        raise FairseqError(f"--lr {peak}: must be above --min-lr {lowest}")
 
     def lr_at(num_updates: int, epoch: int) -> float:
         if num_updates < warmup:

@@ -217,6 +217,8 @@ def parse_train_args(
         left_open = registry is RESIDUAL_RULES and not wants_help
         _add_component_flags(parser, registry, registry.names() if wants_help else [chosen], option, left_open)
     args = parser.parse_args(argv)
+    if args.min_lr is not None and args.lr_scheduler != "cosine":
+        args.stop_min_lr, args.min_lr = args.min_lr, None  # its meaning in fairseq to 0.10
     _check_init_type_flags(parser, args)
     vars(args).update(resolve_architecture(args.arch, vars(args)))
     _check_precision(parser, args)

@@ -21,7 +21,7 @@ _INSTEAD = (
     ("--raw-text --lazy-load --output-format", _MMAP),
     ("--left-pad-target", "targets are padded on the right"),
     ("--relative-step --warmup-init", "give --lr, and the schedule that you want"),
-    ("--max-lr", "with --lr-scheduler cosine --lr is the highest rate and --stop-min-lr the lowest"),
+    ("--max-lr", "with --lr-scheduler cosine --lr is the highest rate and --min-lr the lowest"),
     ("--find-unused-parameters --fix-batches-to-gpus --empty-cache-freq --all-gather-list-size", _LEAVE),
     ("--no-beamable-mm --no-early-stop --data-buffer-size --suppress-crashes --fixed-validation-seed", _LEAVE),
     ("--moses-source-lang --moses-target-lang", "they are --source-lang and --target-lang"),

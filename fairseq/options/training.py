@@ -60,7 +60,10 @@ class OptimizationConfig:
     max_epoch: int = flag(0, "stop after this epoch (0: no limit)", least=0)
     max_update: int = flag(0, "stop after this many updates (0: no limit)", least=0)
     stop_min_lr: float = flag(
-        -1.0, "stop after an epoch at whose end the learning rate has fallen to this (negative: never)", "--min-lr"
+        -1.0, "stop after an epoch at whose end the learning rate has fallen to this (negative: never)"
+    )
+    min_lr: float | None = flag(
+        None, "with --lr-scheduler cosine its lowest rate (default: 0); with others the same as --stop-min-lr"
     )
     clip_norm: float = flag(0.0, "clip the gradient norm to this (0: do not clip)", least=0)
     max_nonfinite_updates: int = flag(
