@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sacrebleu
 import torch
 
 from fairseq.checkpoint import load_checkpoint, load_model
 from fairseq.cli import generate, validate
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from fairseq.generation.history import Hypothesis
+from fairseq.generation.translate import Translation
+from fairseq.training import validation
 from tests.training_runs import assert_fails, command_line, last, logged, train, write_databin
 
 LAST = "checkpoint_last.pt"
@@ -115,6 +119,16 @@ def test_bleu_is_that_of_generate(trained, measured, capsys):
     match = re.search(r"BLEU4 = ([\d.]+)", capsys.readouterr().out)
     assert match
     assert bleu == float(match[1])
+
+
+def test_an_unknown_word_is_one_word_and_never_right(measured, monkeypatch):
+    """As in fairseq, where --eval-bleu has a word of its own for it in references and in hypotheses."""
+    tokens = torch.tensor([3, 4, 5, 6, 4, 5, 2])
+    found = Translation(0, tokens, tokens, [Hypothesis(tokens, 0.0, torch.zeros(7))])
+    monkeypatch.setattr(validation, "translate_dataset", lambda *_, **__: [found])
+    expected = sacrebleu.corpus_bleu(["hyp w00 w01 w02 w00 w01"], [["ref w00 w01 w02 w00 w01"]]).score
+    for more in ((), ("--eval-tokenized-bleu",)):
+        assert measured("--eval-bleu", *more)["valid"]["valid_bleu"] == pytest.approx(expected, abs=0.01)
 
 
 def test_samples_and_subwords(trained, tmp_path, capsys):

@@ -50,7 +50,7 @@ class ValidationConfig:
         const="subword_nmt",
     )
     eval_tokenized_bleu: bool = flag(False, "BLEU on tokens as they are, without sacrebleu's own tokeniser")
-    eval_bleu_print_samples: bool = flag(False, "print one translation a validation batch")
+    eval_bleu_print_samples: bool = flag(False, "print one translation of each validation")
 
 
 @dataclass

@@ -214,7 +214,7 @@ class TrainLog:
             values = {f"{tag}_{name}": value for name, value in _numbers(stats).items()}
             line = json.dumps(values if epoch is None else {"epoch": epoch} | values)
         else:
-            parts = [_header(epoch, None if tag == "train" else tag)]
+            parts = [_header(epoch, None if tag == "train" and epoch is not None else tag)]
             line = " | ".join(parts + [f"{name} {text}" for name, text in format_stats(stats).items()])
         self._emit(tag, line, console=self.log_format != "none")
         self._record(tag, stats, num_updates)

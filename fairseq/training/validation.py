@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fairseq.data.batching import make_batches
 from fairseq.data.encoders import make_text_pipeline
@@ -17,7 +18,6 @@ from fairseq.data.reading import batches_fit, iterate_batches
 from fairseq.data.translation import Batch, LanguagePairDataset, TranslationData
 from fairseq.errors import FairseqError
 from fairseq.generation.constraints import check_generation_config
-from fairseq.generation.output import TextFormat
 from fairseq.generation.scoring import Scorer
 from fairseq.generation.translate import translate_dataset
 from fairseq.models.transformer import Transformer
@@ -30,6 +30,8 @@ from fairseq.training.precision import autocast
 from fairseq.utils.flags import parse_value
 
 SMALLER_BATCHES = "lower --max-tokens-valid"
+# fairseq's words for <unk>: different ones, and one token each to sacrebleu, which would cut <unk> into three
+UNKNOWN_IN_REFERENCE, UNKNOWN_IN_HYPOTHESIS = "UNKNOWNTOKENINREF", "UNKNOWNTOKENINHYP"
 
 
 class ValidationInterrupted(Exception):
@@ -73,9 +75,7 @@ class Validator:
             self._generation = generation_config(args.eval_bleu_args or {})
             tokenizer = "moses" if args.eval_bleu_detok == "moses" else None
             pipeline = make_text_pipeline(tokenizer, None, source_lang=data.source_lang, target_lang=data.target_lang)
-            self._text = TextFormat(
-                data.src_dict, data.tgt_dict, post_process=args.eval_bleu_remove_bpe, decode=pipeline.decode
-            )
+            self._dictionary, self._decode = data.tgt_dict, pipeline.decode
 
     def validate(self, epoch: int, num_updates: int, log: TrainLog, checkpoints: CheckpointManager) -> float:
         """Measure all subsets and log them; returns ``--best-checkpoint-metric`` of the first.
@@ -132,6 +132,9 @@ class Validator:
         pinned = self.world.device.type == "cuda"
         return self.world.reading(iterate_batches(self.sets[name], self.batches[name], self.args.num_workers, pinned))
 
+    def _as_text(self, tokens: Tensor, unknown: str) -> str:
+        return self._decode(self._dictionary.string(tokens, self.args.eval_bleu_remove_bpe, unk_string=unknown))
+
     def _bleu(self, name: str) -> float:
         pairs: list[tuple[str, str]] = []
         with (
@@ -142,10 +145,13 @@ class Validator:
             for translation in translate_dataset([self.model], batches, self._generation, self.args.seed, threads=1):
                 if self.interrupted():
                     break
-                best = self._text.hypothesis(translation.hypotheses[0], self._text.words(translation.src_tokens))
                 assert translation.target is not None
-                reference = self._text.target(translation.target)
-                pairs.append((reference, self._text.decode(best)))
+                pairs.append(
+                    (
+                        self._as_text(translation.target, UNKNOWN_IN_REFERENCE),
+                        self._as_text(translation.hypotheses[0].tokens, UNKNOWN_IN_HYPOTHESIS),
+                    )
+                )
         if self.args.eval_bleu_print_samples and pairs and self.world.is_master:
             print(f"example hypothesis: {pairs[0][1]}\nexample reference: {pairs[0][0]}", flush=True)
         parts: list[Any] = [None if self.interrupted() else pairs]
