@@ -131,6 +131,18 @@ def test_an_unknown_word_is_one_word_and_never_right(measured, monkeypatch):
         assert measured("--eval-bleu", *more)["valid"]["valid_bleu"] == pytest.approx(expected, abs=0.01)
 
 
+def test_further_validation_sets_are_named(tmp_path, caplog):
+    databin = write_databin(tmp_path / "bin", 20, seed=3, held_out={"valid": 3, "valid1": 3, "valid2": 3})
+    for subsets, left_out in (("valid", "valid1, valid2"), ("valid2,valid", "valid1"), ("valid,valid1,valid2", "")):
+        caplog.clear()
+        train(databin, tmp_path / "run", "--max-update", 1, "--no-save", "--valid-subset", subsets)
+        assert [message for message in caplog.messages if "not validated on" in message] == (
+            [f"not validated on: {left_out}; --valid-subset {subsets},{left_out.replace(' ', '')} does"]
+            if left_out
+            else []
+        )
+
+
 def test_samples_and_subwords(trained, tmp_path, capsys):
     """--eval-bleu-print-samples, with subwords undone."""
     databin = tmp_path / "bin"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
@@ -345,6 +345,13 @@ class TranslationData:
                 f"{dataset.src.prefix}: there is no {self.target_lang} side beside it; binarise both sides"
             )
         return dataset
+
+    def validation_sets_besides(self, listed: Sequence[str]) -> list[str]:
+        """Those of valid1, valid2, ... in the first data-bin that are not ``listed``."""
+        data_dir, found = self.config.data.split(":")[0], ["valid"]
+        while _open_split(data_dir, f"valid{len(found)}", self.source_lang, self.target_lang):
+            found.append(f"valid{len(found)}")
+        return [name for name in found[1:] if name not in listed]
 
 
 def _complete(src: str | None, tgt: str | None, found: tuple[str, str]) -> tuple[str, str]:

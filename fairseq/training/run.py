@@ -116,6 +116,8 @@ class TrainingRun:
         elif state is not None:
             self._resume(state, path)
         subsets = [] if args.disable_validation else args.valid_subset.split(",")
+        if subsets and (besides := data.validation_sets_besides(subsets)):  # which fairseq 0.12 refuses
+            logger.warning(f"not validated on: {', '.join(besides)}; --valid-subset {','.join(subsets + besides)} does")
         self.validator = Validator(args, world, data, model, self.trainer.criterion, subsets)
         self.validator.interrupted = lambda: self.signals.received != 0
 
