@@ -165,6 +165,10 @@ class TransformerModel:
         """Move all models to the GPU."""
         return self.to("cuda")
 
+    def cpu(self) -> TransformerModel:
+        """Move all models to the CPU."""
+        return self.to("cpu")
+
     def half(self) -> TransformerModel:
         """Compute in float16; for GPUs."""
         return self.to(dtype=torch.float16)

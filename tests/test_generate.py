@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,34 @@ def test_fairseq_012_reference(shared, run):
     assert_same_output(lines, theirs, 2)
     assert lines[-1] == theirs[-1]
     assert "BLEU4 = 33.07" in lines[-1]
+
+
+# A-42 of fairseq 0.12.2, "people sit inside a train .", a line for each of "personen sitzen in einem zug . </s>"
+SOFT = """
+0.941015,0.031526,0.003529,0.010216,0.009058,0.002383,0.002273
+0.002539,0.893822,0.067256,0.006006,0.011679,0.008838,0.009859
+0.005658,0.014934,0.534417,0.130111,0.111178,0.102263,0.101438
+0.024813,0.044674,0.033700,0.486348,0.284155,0.062286,0.064023
+0.000563,0.008495,0.006901,0.019398,0.912678,0.029115,0.022850
+0.003030,0.005932,0.067172,0.030962,0.025980,0.394310,0.472613
+0.024391,0.012013,0.026041,0.051758,0.022297,0.406845,0.456655
+"""
+
+
+def test_soft_alignment(shared, run):
+    reference = shared / "reference"
+    one = ("--batch-size", 1, "--num-shards", 200, "--shard-id", 0, "--beam", 1)  # the shortest
+    lines = run(
+        reference / "multi30k-databin-test200",
+        "--path",
+        reference / "fairseq012_tiny.pt",
+        *one,
+        "--print-alignment",
+        "soft",
+    )
+    [[found]] = parse(lines)["A"][42]
+    ours, theirs = ([[float(x) for x in word.split(",")] for word in text.split()] for text in (found, SOFT))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_original_admin_checkpoint_generates_without_omega_file(shared, run):
@@ -320,7 +349,7 @@ def test_alignment_dictionary_errors(tmp_path):
 
 def test_lines_by_hand():
     words = toy_dictionary()
-    text = TextFormat(words, words, decode=str.upper, decode_source=str.title, print_alignment=True)
+    text = TextFormat(words, words, decode=str.upper, decode_source=str.title, print_alignment="hard")
     ids = torch.tensor([words.index("b"), 3, 2])
     found = Hypothesis(ids, -math.log(2), torch.tensor([-1.0, -2.0, -0.5]), torch.eye(3))
     assert text.hypothesis_lines(7, found, ["a", "?"]) == [
@@ -329,6 +358,8 @@ def test_lines_by_hand():
         "P-7\t-1.4427 -2.8854 -0.7213",
         "A-7\t0-0 1-1",
     ]
+    soft = replace(text, print_alignment="soft").hypothesis_lines(7, found, ["a", "?"])
+    assert soft[-1] == "A-7\t1.000000,0.000000,0.000000 0.000000,1.000000,0.000000 0.000000,0.000000,1.000000"
     assert text.source(ids) == "B <Unk>"
     assert text.target(ids) == "B <<UNK>>"
 

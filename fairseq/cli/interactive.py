@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         model, settings = _text_model(args, args.path), _settings(args)
         summed = cfg.unnormalized or cfg.lenpen != 1
         score_name = "log-probabilities, base 2" if summed else "mean log-probability of a token, base 2"
-        prompt.run(model, lambda line: model.generate(line, **settings), cfg.print_alignment, score_name)
+        prompt.run(model, lambda line: model.generate(line, **settings), bool(cfg.print_alignment), score_name)
     else:
         _translate_lines(args, cfg)
 

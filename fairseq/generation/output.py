@@ -33,6 +33,14 @@ def hard_alignment(hypothesis: Hypothesis) -> list[tuple[int, int]]:
     return [(best[i], i) for i in words]
 
 
+def _alignment(hypothesis: Hypothesis, kind: str) -> list[str]:
+    """The words of an A- line. soft: those of every output token, ``</s>`` included, for all the source's."""
+    if kind == "soft":
+        assert hypothesis.attention is not None
+        return [",".join(f"{weight:.6f}" for weight in weights) for weights in hypothesis.attention.T.tolist()]
+    return [f"{source}-{target}" for source, target in hard_alignment(hypothesis)]
+
+
 def load_alignment_dictionary(path: str) -> dict[str, str]:
     """Lines ``source target`` of a file; nothing if ``path`` is empty, which is ``--replace-unk`` without a file.
 
@@ -61,6 +69,7 @@ class TextFormat:
 
     post_process: subword segmentation to undo everywhere. decode, decode_source: detokenisers for D- and T- lines, and
     for S- lines.
+    print_alignment: hard or soft, which A- lines are wanted.
     alignment_dictionary: with it (empty or not), ``<unk>`` becomes what stands there for the source word it attends to,
     or that word itself.
     """
@@ -70,7 +79,7 @@ class TextFormat:
     post_process: str | None = None
     decode: Callable[[str], str] = str
     decode_source: Callable[[str], str] = str
-    print_alignment: bool = False
+    print_alignment: str | None = None
     alignment_dictionary: dict[str, str] | None = None
 
     def source(self, tokens: Tensor) -> str:
@@ -105,8 +114,7 @@ class TextFormat:
         lines = [f"H-{sentence}\t{score}\t{text}", f"D-{sentence}\t{score}\t{self.decode(text)}"]
         lines.append(f"P-{sentence}\t{positional}")
         if self.print_alignment:
-            pairs = " ".join(f"{source}-{target}" for source, target in hard_alignment(hypothesis))
-            lines.append(f"A-{sentence}\t{pairs}")
+            lines.append(f"A-{sentence}\t{' '.join(_alignment(hypothesis, self.print_alignment))}")
         return lines
 
 

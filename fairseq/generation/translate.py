@@ -107,7 +107,7 @@ def batch_limits(max_tokens: int | None, batch_size: int | None, beam: int) -> t
 
 def needs_attention(cfg: GenerationConfig) -> bool:
     """Whether the output needs to know which source token each target token attends to."""
-    return cfg.print_alignment or cfg.replace_unk is not None
+    return bool(cfg.print_alignment) or cfg.replace_unk is not None
 
 
 def translate_dataset(

@@ -28,7 +28,12 @@ class GenerationConfig:
     sampling_topk: int = flag(-1, "sample among the K likeliest tokens")
     sampling_topp: float = flag(-1.0, "sample among the likeliest tokens that together have this probability")
     temperature: float = flag(1.0, "divide logits by this: above 1 flattens the distribution")
-    print_alignment: bool = flag(False, "print A- lines: source position of each output token, by attention")
+    print_alignment: str | None = flag(
+        None,
+        "print A- lines, by attention: each output token's source position (hard, also alone) or all weights (soft)",
+        choices=("hard", "soft"),
+        const="hard",
+    )
     replace_unk: str | None = flag(
         None, "replace <unk> by the source word it attends to, translated if in this file", metavar="FILE", const=""
     )

@@ -448,7 +448,7 @@ def _text_format(folder: Path) -> tuple[TextPipeline, TextFormat]:
         _dictionary(),
         _dictionary(),
         post_process="subword_nmt",
-        print_alignment=True,
+        print_alignment="hard",
         decode=pipeline.decode,
         decode_source=pipeline.decode_source,
     )
