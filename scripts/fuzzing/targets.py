@@ -280,7 +280,7 @@ def _ctranslate2_model(folder: Path) -> Path:
 def _translate_with_ctranslate2(directory: Path) -> None:
     model = CTranslate2Model(directory)
     model.check_dictionaries(_dictionary(), _dictionary(), directory)
-    model.translate([torch.tensor([4, 5, 2])], GenerationConfig(beam=2, max_len_b=2, print_alignment=True))
+    model.translate([torch.tensor([4, 5, 2])], GenerationConfig(beam=2, max_len_b=2, print_alignment="hard"))
 
 
 def _ctranslate2_weights(folder: Path) -> list[bytes]:
@@ -436,7 +436,7 @@ def _check_text(folder: Path, data: bytes) -> None:
     lines = data[:LONGEST].splitlines(keepends=True)[:LINES]
     words = [pipeline.encode(line).split() for line in interactive.decode_lines(lines, "-")]
     ids = [encode_source(line, _dictionary(), 64, "line", truncate=True) for line in words]
-    for translation in translate_ids([_model()], ids, GenerationConfig(beam=1, max_len_b=1, print_alignment=True)):
+    for translation in translate_ids([_model()], ids, GenerationConfig(beam=1, max_len_b=1, print_alignment="hard")):
         text.source(translation.src_tokens)
         text.hypothesis_lines(0, translation.hypotheses[0], words[translation.id])
 
