@@ -290,7 +290,8 @@ class TransformerModel:
         if isinstance(sentence, str):
             return self.pipeline.encode(sentence).split()
         if sentence.dim() != 1 or sentence.is_floating_point():
-            raise FairseqError(f"generate takes text, or ids of one dimension as encode returns them, not {sentence}")
+            what = f"{sentence.dtype} of shape {tuple(sentence.shape)}"
+            raise FairseqError(f"generate takes text, or ids of one dimension as encode returns them, not {what}")
         return [self.src_dict[index] for index in sentence.tolist() if index != EOS]
 
     def _as_text(
