@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import os
 import re
 import shlex
 import subprocess
 import sys
 import zipfile
-from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.training_runs import flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = [
@@ -78,16 +76,6 @@ def stubs(tmp_path: Path) -> dict[str, str]:
 
 def calls(tmp_path: Path) -> list[list[str]]:
     return [line.split("\t") for line in (tmp_path / "log").read_text().splitlines()]
-
-
-@cache
-def flags_of(command: str) -> set[str]:
-    """The flags that a command's help names."""
-    main = importlib.import_module(f"fairseq.cli.{command.removeprefix('fairseq-')}").main
-    with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit) as exit_info:
-        main(["--help"])
-    assert exit_info.value.code == 0
-    return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", shown.getvalue()))
 
 
 def multi30k(folder: Path) -> Path:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import importlib.util
+import io
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -58,6 +63,16 @@ def load_script(name: str) -> ModuleType:
     sys.modules[name] = module  # where its dataclasses look
     spec.loader.exec_module(module)
     return module
+
+
+@cache
+def flags_of(command: str) -> set[str]:
+    """The flags that a command's help names."""
+    main = importlib.import_module(f"fairseq.cli.{command.removeprefix('fairseq-')}").main
+    with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", shown.getvalue()))
 
 
 def command_line(databin: Path | str, directory: Path, *flags: object) -> list[str]:

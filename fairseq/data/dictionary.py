@@ -18,6 +18,7 @@ from fairseq.utils.symbols import BOS, EOS, PAD, SPECIAL_SYMBOLS, UNK
 
 LONGEST_LINE = 2**16  # bytes of a line in a dictionary
 OVERWRITE_FLAG = "#fairseq:overwrite"  # a line with it may repeat an earlier symbol, which it replaces
+MERGING = ("subword_nmt", "fastbpe")  # segmentations by merges, which both apply and mark in the same way
 
 
 def post_process(sentence: str, symbol: str | None) -> str:
@@ -30,7 +31,7 @@ def post_process(sentence: str, symbol: str | None) -> str:
         return sentence
     if symbol == "sentencepiece":
         return sentence.replace(" ", "").replace("\u2581", " ").strip()
-    mark = "@@ " if symbol in ("subword_nmt", "fastbpe", "@@") else symbol
+    mark = "@@ " if symbol in (*MERGING, "@@") else symbol
     return f"{sentence} ".replace(mark, "").rstrip()  # the added blank lets a mark at the very end match
 
 

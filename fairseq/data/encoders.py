@@ -9,12 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq.data.dictionary import post_process
+from fairseq.data.dictionary import MERGING, post_process
 from fairseq.errors import FairseqError
 from fairseq.utils.io import refuse_bom
 
 SUBWORD_NMT_SEPARATOR = "@@"
-MERGING = ("subword_nmt", "fastbpe")  # --bpe of merges; they apply them in the same way
 LARGEST_MODEL = 2**28  # bytes of a SentencePiece model; those of 256,000 pieces have a few million
 
 

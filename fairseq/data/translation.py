@@ -258,14 +258,18 @@ _Sides: TypeAlias = tuple[IndexedDataset, IndexedDataset | None]
 
 def _open_split(data_dir: str | os.PathLike[str], split: str, src: str, tgt: str) -> _Sides | None:
     """The two sides of a split; None if it is not there."""
+    prefix = _find_split(data_dir, split, src, tgt)
+    if prefix is None:
+        return None
+    target = f"{prefix}.{tgt}"
+    return IndexedDataset(f"{prefix}.{src}"), IndexedDataset(target) if indexed_dataset.exists(target) else None
+
+
+def _find_split(data_dir: str | os.PathLike[str], split: str, src: str, tgt: str) -> str | None:
+    """What the names of a split's files begin with; None if it is not there."""
     pairs = (f"{src}-{tgt}", f"{tgt}-{src}", f"{src}-None")  # the last by --only-source without a target language
-    for prefix in (os.path.join(data_dir, f"{split}.{pair}") for pair in pairs):
-        if indexed_dataset.exists(f"{prefix}.{src}"):
-            target = f"{prefix}.{tgt}"
-            return IndexedDataset(f"{prefix}.{src}"), (
-                IndexedDataset(target) if indexed_dataset.exists(target) else None
-            )
-    return None
+    prefixes = (os.path.join(data_dir, f"{split}.{pair}") for pair in pairs)
+    return next((prefix for prefix in prefixes if indexed_dataset.exists(f"{prefix}.{src}")), None)
 
 
 def _what_is_there(data_dir: str | os.PathLike[str], src: str, tgt: str) -> str:
@@ -349,7 +353,7 @@ class TranslationData:
     def validation_sets_besides(self, listed: Sequence[str]) -> list[str]:
         """Those of valid1, valid2, ... in the first data-bin that are not ``listed``."""
         data_dir, found = self.config.data.split(":")[0], ["valid"]
-        while _open_split(data_dir, f"valid{len(found)}", self.source_lang, self.target_lang):
+        while _find_split(data_dir, f"valid{len(found)}", self.source_lang, self.target_lang):
             found.append(f"valid{len(found)}")
         return [name for name in found[1:] if name not in listed]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from fairseq.data.dictionary import Dictionary
-from fairseq.data.encoders import MERGING, SUBWORD_NMT_SEPARATOR, TextPipeline, load_merges, make_text_pipeline
+from fairseq.data.dictionary import MERGING, Dictionary
+from fairseq.data.encoders import SUBWORD_NMT_SEPARATOR, TextPipeline, load_merges, make_text_pipeline
 from fairseq.errors import FairseqError
 from fairseq.export.plain import Exportable
 from fairseq.generation.translate import encode_source
