@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -155,8 +154,7 @@ def read(
 def apart(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """``function(*args)`` in a process of its own, so that its peak memory is its own."""
     receiver, sender = get_context("spawn").Pipe(duplex=False)
-    method = multiprocessing.get_start_method()  # of reading processes, as in fairseq-train
-    process = get_context("spawn").Process(target=_send, args=(sender, method, function, args))
+    process = get_context("spawn").Process(target=_send, args=(sender, function, args))
     process.start()
     sender.close()
     try:
@@ -167,8 +165,7 @@ def apart(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]
         process.join()
 
 
-def _send(sender: Any, method: str, function: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
-    multiprocessing.set_start_method(method, force=True)
+def _send(sender: Any, function: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
     sender.send(function(*args))
 
 

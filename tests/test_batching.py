@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -248,6 +250,23 @@ def test_a_reading_process_that_dies_is_one_line(dataset: LanguagePairDataset) -
     deadly = _Deadly(dataset.src, dataset.tgt, dataset.src_dict, dataset.tgt_dict)
     with pytest.raises(FairseqError, match=r"a reading process died.*--num-workers"):
         list(iterate_batches(deadly, [np.arange(9)], 1))
+
+
+class _NotSent(LanguagePairDataset):
+    def __reduce__(self) -> Any:
+        raise AssertionError
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere what is read is sent to the processes")
+def test_reading_processes_are_forked_whatever_pythons_choice(dataset: LanguagePairDataset) -> None:
+    unsendable = _NotSent(dataset.src, dataset.tgt, dataset.src_dict, dataset.tgt_dict)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        read = list(iterate_batches(unsendable, [np.array([3, 1])], 1))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert [_ids(batch) for batch in read] == [(3, 1)]
 
 
 @pytest.mark.parametrize(("multiple", "num_workers"), [(1, 0), (8, 2)])
