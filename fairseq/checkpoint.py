@@ -28,6 +28,11 @@ from fairseq.utils.symbols import SPECIAL_SYMBOLS
 
 SIZE_RATIO = 4  # decoders may have wider attention to the encoder, and narrower
 MOST_POSITIONS = 2**20
+# fairseq's settings of other models; some change no parameter's name or shape, so that nothing else would tell
+_OTHER_MODELS = (
+    *("adaptive_input", "adaptive_softmax_cutoff"),
+    *("cross_self_attention", "layer_wise_attention", "no_cross_attention"),
+)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -78,6 +83,14 @@ def model_config(args: dict[str, Any], parameters: dict[str, Tensor]) -> Transfo
     return cfg
 
 
+def require_supported(args: dict[str, Any], path: str | Path) -> None:
+    """Raise FairseqError when a checkpoint's settings are those of a model that is not here. args: flat settings."""
+    for name in _OTHER_MODELS:
+        if args.get(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise FairseqError(f"checkpoint {path}: trained with {flag}, which is not supported")
+
+
 class _Undrawn(TorchFunctionMode):
     """Random initial weights are not drawn: what is to be overwritten need not cost most of the time of building."""
 
@@ -94,8 +107,7 @@ def build_from_checkpoint(
     state: dict[str, Any], path: str | Path, overrides: dict[str, Any] | None = None
 ) -> Transformer:
     """A model with the parameters of ``load_checkpoint(path)``'s result, in float32 on the CPU, in eval mode."""
-    if state["args"].get("adaptive_softmax_cutoff"):
-        raise FairseqError(f"checkpoint {path}: uses adaptive softmax, which is not supported")
+    require_supported(state["args"], path)
     try:
         with out_of_memory_ends(f"making the model of checkpoint {path}", MORE_MEMORY):
             parameters = {name: tensor.float() for name, tensor in from_fairseq(state["model"]).items()}

@@ -161,7 +161,10 @@ CASES = {
         _override("encoder_embed_dim", 2**20),
     ],
     "checkpoint *: its settings make no": [_override("encoder_embed_dim", '"wide"')],
-    "checkpoint *: uses adaptive": ["generate bin --path adaptive_softmax.pt --cpu"],
+    "checkpoint *: trained with": [
+        "generate bin --path adaptive_softmax.pt --cpu",
+        f"{RUN} --finetune-from-model cross_self_attention.pt",
+    ],
     "parameter * of shape": ["generate bin --path fused.pt --cpu"],
     "checkpoint * does not fit": [
         f"{RUN} --finetune-from-model toy.pt",
@@ -521,6 +524,7 @@ def _write_checkpoints(root: Path) -> None:
     save("one_token", lambda s: s["model"].update({"decoder.embed_tokens.weight": torch.ones(1, 16)}))
     save("omega_empty", lambda s: s["model"].update({omega: torch.ones(0)}))
     save("adaptive_softmax", lambda s: None, {"adaptive_softmax_cutoff": "100,200"})
+    save("cross_self_attention", lambda s: None, {"cross_self_attention": True})
 
     shape: dict[str, Any] = {
         "encoder_layers": 1, "encoder_embed_dim": 16, "encoder_ffn_embed_dim": 24, "encoder_attention_heads": 2,

@@ -350,6 +350,18 @@ def test_round_trip(tmp_path, settings):
     assert loaded.cfg == model.cfg
 
 
+@pytest.mark.parametrize("setting", ["cross_self_attention", "no_cross_attention", "layer_wise_attention"])
+def test_attention_that_is_not_here(tmp_path, setting):
+    """fairseq writes these settings always; where they are on, parameters of the same names mean another model."""
+    model = build()
+    for value in (False, True):
+        args = argparse.Namespace(**model.cfg.flat(), **{setting: value})
+        torch.save({"args": args, "model": to_fairseq(model.state_dict())}, tmp_path / f"{value}.pt")
+    load_model(tmp_path / "False.pt")
+    with pytest.raises(FairseqError, match=f"trained with --{setting.replace('_', '-')}, which is not supported"):
+        load_model(tmp_path / "True.pt")
+
+
 def test_fused_and_old_names():
     model = build(share_decoder_input_output_embed=True)
     current = to_fairseq(model.state_dict())

@@ -132,6 +132,7 @@ def test_fairseqs_flags_are_there_or_answered(command, capsys):
             "(--beam: a flag of fairseq-generate; --buffer-size: a flag of fairseq-int",
         ),
         (("--encoder-layerdrop", "0.2"), "(--encoder-layerdrop: fairseq's, not supported here)"),
+        (("--distributed-wrapper", "DDP"), "(--distributed-wrapper: leave it out)"),  # 0.10's
         (("--optimizer", "sgd", "--adam-betas", "(0.9, 0.98)"), "--adam-betas"),
         (("--optimizer", "adam", "--momentum", "0.9"), "--momentum"),
         (("--lr-scheduler", "fixed", "--power", "2"), "--power"),

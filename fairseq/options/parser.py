@@ -36,7 +36,7 @@ _INSTEAD = (
     ("--use-old-adam --fast-stat-sync --broadcast-buffers --gradient-as-bucket-view --no-seed-provided", _LEAVE),
     ("--use-plasma-view --plasma-path --no-reshard-after-forward --fp32-reduce-scatter --use-sharded-state", _LEAVE),
     ("--not-fsdp-flatten-parameters --min-params-to-wrap --load-checkpoint-on-all-dp-ranks --reset-logging", _LEAVE),
-    ("--on-cpu-convert-precision --amp-batch-retries", _LEAVE),
+    ("--on-cpu-convert-precision --amp-batch-retries --distributed-wrapper", _LEAVE),
     ("--ignore-unused-valid-subsets", "only --valid-subset is validated on"),
     ("--zero-sharding", "--ddp-backend fully_sharded divides parameters and the optimiser's state"),
     ("--bpe-separator", "it is @@"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fairseq import admin
 from fairseq.admin.residual import measures_omega
-from fairseq.checkpoint import check_languages, load_parameters, model_config, starting_omega
+from fairseq.checkpoint import check_languages, load_parameters, model_config, require_supported, starting_omega
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
@@ -95,6 +95,7 @@ class TrainingRun:
         if state is not None:
             found = args.restore_file == LAST and not parameters_only  # rather than asked for
             otherwise = ", or start afresh with another --save-dir" if found else ""
+            require_supported(state["args"], str(path))
             parameters = from_fairseq(state["model"])
             init_type = model_config(state["args"], parameters).init_type
             if init_type != args.init_type:
