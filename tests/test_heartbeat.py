@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -238,6 +239,8 @@ def test_torchrun_restarts(toy_databin, tmp_path, uninterrupted):
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
     """Two network namespaces with a cable between them: 10.99.0.1 and 10.99.0.2, interface ``cable``."""
+    if shutil.which("ip") is None:
+        pytest.skip("there is no ip command (iproute2) here")
     names = [f"fairseq-{os.getpid()}-{i}" for i in range(2)]
 
     def ip(*arguments: str) -> bool:
@@ -254,8 +257,6 @@ def hosts() -> Iterator[list[str]]:
             assert ip("-n", name, "link", "set", "lo", "up")
             assert ip("-n", name, "link", "set", "cable", "up")
         yield names
-    except FileNotFoundError:
-        pytest.skip("there is no ip command (iproute2) here")
     finally:
         for name in names:
             ip("netns", "del", name)
