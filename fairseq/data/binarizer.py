@@ -27,6 +27,7 @@ from tqdm import tqdm
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import IndexedDatasetWriter, dtype_for
 from fairseq.errors import FairseqError
+from fairseq.utils.processes import worker_context
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -224,7 +225,7 @@ def ordered_map(function: Callable[[T], R], tasks: Sequence[T], workers: int) ->
     if workers <= 1:
         yield from map(function, tasks)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(function,))
+    pool = ProcessPoolExecutor(workers, worker_context(), initializer=_start_worker, initargs=(function,))
     pending: deque[Future[R]] = deque()
     try:
         for task in tasks:

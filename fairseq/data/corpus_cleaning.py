@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from fairseq.errors import FairseqError
 from fairseq.utils.io import atomic_write
+from fairseq.utils.processes import worker_context
 
 if TYPE_CHECKING:
     from subword_nmt.apply_bpe import BPE
@@ -269,7 +270,7 @@ def map_lines(function: Callable[[str], str], lines: Iterable[str], workers: int
         return
     lines = iter(lines)
     chunks = iter(lambda: list(itertools.islice(lines, CHUNK_LINES)), [])
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, worker_context()) as pool:
         pending: deque[Future[list[str]]] = deque()
         try:
             for chunk in chunks:

@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
@@ -19,9 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from fairseq.data.batching import shown_ids
 from fairseq.data.translation import Batch, BatchShape, LanguagePairDataset, map_batch
 from fairseq.errors import FairseqError, out_of_memory_ends
-
-# Python's own choice is another from 3.14 on, with which every epoch's processes import torch and are sent the batches
-_START_METHOD = "fork" if sys.platform == "linux" else None
+from fairseq.utils.processes import worker_context
 
 
 class _Arrays:
@@ -94,7 +91,7 @@ def iterate_batches(
         collate_fn=_as_it_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        multiprocessing_context=_START_METHOD if num_workers else None,
+        multiprocessing_context=worker_context() if num_workers else None,
         worker_init_fn=_obey_parent,
         generator=torch.Generator(),  # DataLoader draws a seed; not from the generator that dropout uses
     )
