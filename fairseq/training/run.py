@@ -26,7 +26,7 @@ from fairseq.options import LAST, CheckpointConfig, section
 from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.distributed import World
 from fairseq.training.divergence import require_finite
-from fairseq.training.fairseq_optimizer import FAIRSEQS_NAMES, from_fairseqs
+from fairseq.training.fairseq_optimizer import from_fairseqs, stored_optimizer
 from fairseq.training.flops import device_peak_flops, training_flops
 from fairseq.training.logging import Averages, TrainLog
 from fairseq.training.profiling import start_omega
@@ -168,9 +168,8 @@ class TrainingRun:
         history = (state.get("optimizer_history") or [{}])[-1]
         if state.get("last_optimizer_state") is None:
             raise FairseqError(f"checkpoint {path} has no optimiser state; continue with --reset-optimizer")
-        name, optimizer_state = history.get("optimizer_name"), state["last_optimizer_state"]
-        is_fairseqs = name in FAIRSEQS_NAMES
-        name = FAIRSEQS_NAMES.get(name, name)
+        optimizer_state = state["last_optimizer_state"]
+        name, is_fairseqs = stored_optimizer(history.get("optimizer_name"), state["args"])
         if name != self.args.optimizer:
             raise FairseqError(
                 f"checkpoint {path} holds the state of optimiser {name}, not of our {self.args.optimizer}; "
@@ -178,7 +177,8 @@ class TrainingRun:
             )
         if is_fairseqs:
             moments = from_fairseqs(optimizer_state, state["model"], self.trainer.model)
-            optimizer_state = self.trainer.optimizer.state_dict() | {"state": moments}
+            scaler = {"loss_scaler": {"scale": scale}} if (scale := optimizer_state.get("loss_scale")) else {}
+            optimizer_state = self.trainer.optimizer.state_dict() | {"state": moments} | scaler
         self.trainer.load_optimizer_state(optimizer_state)
         require_finite(self.trainer.named_optimizer_state(), f"checkpoint {path}")
         if not self.args.reset_lr_scheduler:
