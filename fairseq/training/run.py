@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fairseq import admin
 from fairseq.admin.residual import measures_omega
-from fairseq.checkpoint import check_languages, load_parameters, model_config, starting_omega
+from fairseq.checkpoint import check_languages, load_parameters, model_config, starting_omega, stored_settings
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
@@ -348,7 +348,7 @@ class TrainingRun:
         """The checkpoint: fairseq's keys, and all that a resumed run needs to go on as if never stopped."""
         args, trainer = self.args, self.trainer
         return {
-            "args": Namespace(**vars(args)),
+            "args": stored_settings(vars(args)),
             "model": to_fairseq(parameters, positions=not args.no_token_positional_embeddings),
             "optimizer_history": [
                 {
