@@ -224,6 +224,26 @@ def test_the_best_of_another_metric_does_not_count(toy_databin, tmp_path, caplog
 
 
 @pytest.mark.parametrize(
+    ("flags", "now"),
+    [
+        (("--criterion", "cross_entropy"), "of --criterion cross_entropy"),
+        (("--label-smoothing", 0.3), "of --label-smoothing 0.3"),
+        (("--label-smoothing", 0.3, "--best-checkpoint-metric", "nll_loss"), ""),
+        ((), None),
+    ],
+)
+def test_the_best_of_another_loss_does_not_count(toy_databin, tmp_path, caplog, flags, now):
+    start = (*SGD, "--lr", 0, "--max-epoch", 1)
+    metric = flags[-2:] if "nll_loss" in flags else ()
+    train(toy_databin, tmp_path, *start, *metric)
+    train(toy_databin, tmp_path, *start, "--max-epoch", 2, *flags)
+    extra = last(tmp_path)["extra_state"]
+    assert extra["best"] == pytest.approx(extra["val_loss"], abs=6e-4)
+    assert extra["bad_validations"] == (0 if now else 1)
+    assert any(f"left aside: from now on loss {now} counts" in message for message in caplog.messages) == bool(now)
+
+
+@pytest.mark.parametrize(
     ("extra", "epoch"),
     [
         (None, 1),

@@ -23,6 +23,7 @@ from fairseq.models.config import TransformerConfig, left_open
 from fairseq.models.state_dict import from_fairseq, to_fairseq
 from fairseq.models.transformer import Transformer
 from fairseq.options import LAST, CheckpointConfig, section
+from fairseq.registry import CRITERIONS
 from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.distributed import World
 from fairseq.training.divergence import require_finite
@@ -34,6 +35,7 @@ from fairseq.training.sharding import whole_parameters
 from fairseq.training.signals import StopSignals, exit_status
 from fairseq.training.trainer import Trainer
 from fairseq.training.validation import ValidationInterrupted, Validator
+from fairseq.utils.flags import flag_fields
 from fairseq.utils.memory import peak_memory
 
 logger = logging.getLogger("fairseq.train")
@@ -155,12 +157,16 @@ class TrainingRun:
     def _resume_best(self, before: dict[str, Any], extra: dict[str, Any]) -> None:
         """Take over the best validation, where it is of the metric asked for. before: settings."""
         best = None if extra.get("best") is None else float(extra["best"])
-        metric = before.get("best_checkpoint_metric") or "loss"  # all that old fairseq has
-        if metric == self.args.best_checkpoint_metric:
+        metric, new = before.get("best_checkpoint_metric") or "loss", self.args.best_checkpoint_metric
+        config = CRITERIONS.config(self.args.criterion)
+        names = ["criterion", *(field.name for field in flag_fields(config))] if config else ["criterion"]
+        now = {name: getattr(self.args, name) for name in names if new == "loss"}  # what a loss is of
+        changed = {name: value for name, value in now.items() if before.get(name, value) != value}
+        if metric == new and not changed:
             self.checkpoints.best = best
             self.bad_validations = int(extra.get("bad_validations", 0))
         elif best is not None:
-            new = self.args.best_checkpoint_metric
+            new = " ".join([new, *(f"of --{name.replace('_', '-')} {value}" for name, value in changed.items())])
             logger.info(f"best {metric} so far, {best:g}, left aside: from now on {new} counts")
 
     def _resume_optimizer(self, state: dict[str, Any], path: Path | None) -> None:
