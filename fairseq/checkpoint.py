@@ -6,6 +6,7 @@ needs to resume. A checkpoint is complete: omega is among the parameters, so loa
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fairseq.admin.fold import PLAIN
 from fairseq.admin.omega import OmegaProfile
 from fairseq.admin.residual import ADMIN, CLOSED_FORM, PROFILING
 from fairseq.data.dictionary import Dictionary
@@ -26,6 +28,9 @@ from fairseq.utils.flags import from_namespace
 from fairseq.utils.io import atomic_write
 from fairseq.utils.symbols import SPECIAL_SYMBOLS
 
+# Settings that fairseq 0.12 refuses to read: unset ones that it has a default of, and parts that it does not have
+_REFUSED: dict[str, Any] = {"distributed_world_size": None, "min_lr": None, "total_num_update": None}
+_REFUSED |= {"optimizer": "radam", "lr_scheduler": "linear"}
 SIZE_RATIO = 4  # decoders may have wider attention to the encoder, and narrower
 MOST_POSITIONS = 2**20
 # fairseq's settings of other models; some change no parameter's name or shape, so that nothing else would tell
@@ -233,12 +238,25 @@ def starting_omega(state: dict[str, Any]) -> OmegaProfile | None:
     return OmegaProfile.from_dict(extra.get("omega")) if isinstance(extra, dict) else None
 
 
+def stored_settings(args: dict[str, Any]) -> Namespace:
+    """Settings as a checkpoint keeps them: so that fairseq 0.12 reads those of an ordinary Transformer and no others.
+
+    The parameters of `deepnet`, say, have an ordinary model's names and shapes, and it would translate with them.
+    """
+    if args.get("init_type", "default") not in PLAIN:
+        return Namespace(**args | {"distributed_world_size": None})
+    kept = {key: value for key, value in args.items() if key not in _REFUSED or value != _REFUSED[key]}
+    if isinstance(kept.get("eval_bleu_args"), dict):
+        kept["eval_bleu_args"] = json.dumps(kept["eval_bleu_args"])
+    return Namespace(**kept)
+
+
 def without_optimizer(state: dict[str, Any]) -> dict[str, Any]:
     """The settings and history of a loaded checkpoint, in the form that fairseq wrote them."""
     cfg = data_only(safe_pickle.plain(state.get("cfg")))
     history = data_only(safe_pickle.plain(state.get("optimizer_history")))
     return {
-        "args": None if cfg else Namespace(**data_only(state["args"])),
+        "args": None if cfg else stored_settings(data_only(state["args"])),
         **({"cfg": cfg} if cfg else {}),
         "optimizer_history": history or [{"optimizer_name": "none", "lr_scheduler_state": {}, "num_updates": 0}],
         "extra_state": data_only(safe_pickle.plain(state.get("extra_state"))) or {"train_iterator": {"epoch": 1}},

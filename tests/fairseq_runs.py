@@ -135,10 +135,12 @@ def write_initial(name: str, databin: Path, path: Path) -> Transformer:
     return model
 
 
-def save(path: Path, parameters: Mapping[str, Tensor], history: dict[str, Any], **more: Any) -> None:
+def save(
+    path: Path, parameters: Mapping[str, Tensor], history: dict[str, Any], optimizer: str = "adam", **more: Any
+) -> None:
     """A checkpoint as fairseq writes it, as far as either side looks at it."""
     args = Namespace(
-        arch="transformer", task="translation", criterion="cross_entropy", optimizer="adam", lr_scheduler="fixed"
+        arch="transformer", task="translation", criterion="cross_entropy", optimizer=optimizer, lr_scheduler="fixed"
     )
     args.source_lang, args.target_lang, args.data = "xx", "yy", "data"
     iterator = {"version": 2, "epoch": 1, "iterations_in_epoch": 0, "shuffle": True}

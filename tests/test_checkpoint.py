@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from fairseq.checkpoint import build_from_checkpoint, load_checkpoint, load_model, load_parameters, model_config
+from fairseq.checkpoint import (
+    build_from_checkpoint,
+    load_checkpoint,
+    load_model,
+    load_parameters,
+    model_config,
+    stored_settings,
+)
 from fairseq.cli.train import main
 from fairseq.errors import FairseqError
 from fairseq.models.config import TransformerConfig
 from fairseq.models.state_dict import from_fairseq, to_fairseq
 from fairseq.models.transformer import Transformer
+from fairseq.options import parse_train_args
 from fairseq.training.fairseq_optimizer import from_fairseqs
 from tests.training_runs import (
     EPOCH,
@@ -214,6 +224,26 @@ def test_the_best_of_another_metric_does_not_count(toy_databin, tmp_path, caplog
 
 
 @pytest.mark.parametrize(
+    ("flags", "now"),
+    [
+        (("--criterion", "cross_entropy"), "of --criterion cross_entropy"),
+        (("--label-smoothing", 0.3), "of --label-smoothing 0.3"),
+        (("--label-smoothing", 0.3, "--best-checkpoint-metric", "nll_loss"), ""),
+        ((), None),
+    ],
+)
+def test_the_best_of_another_loss_does_not_count(toy_databin, tmp_path, caplog, flags, now):
+    start = (*SGD, "--lr", 0, "--max-epoch", 1)
+    metric = flags[-2:] if "nll_loss" in flags else ()
+    train(toy_databin, tmp_path, *start, *metric)
+    train(toy_databin, tmp_path, *start, "--max-epoch", 2, *flags)
+    extra = last(tmp_path)["extra_state"]
+    assert extra["best"] == pytest.approx(extra["val_loss"], abs=6e-4)
+    assert extra["bad_validations"] == (0 if now else 1)
+    assert any(f"left aside: from now on loss {now} counts" in message for message in caplog.messages) == bool(now)
+
+
+@pytest.mark.parametrize(
     ("extra", "epoch"),
     [
         (None, 1),
@@ -308,6 +338,10 @@ def test_checkpoint_that_does_not_fit(toy_databin, tmp_path, capsys):
         {"optimizer_history": [{"optimizer_name": "adam"}]},
         {"last_optimizer_state": {"state": {}}},
         {"last_optimizer_state": [1, 2]},
+        {
+            "optimizer_history": [{"optimizer_name": "FP16Optimizer", "num_updates": 1}],
+            "last_optimizer_state": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"params": [0]}]},
+        },
     ],
     ids=str,
 )
@@ -315,6 +349,39 @@ def test_checkpoint_that_says_nonsense(toy_databin, tmp_path, capsys, broken):
     train(toy_databin, tmp_path, "--max-update", 1)
     torch.save(last(tmp_path) | broken, tmp_path / LAST)
     assert_fails(capsys, 1, str(tmp_path / LAST), *command_line(toy_databin, tmp_path, "--max-update", 2))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--optimizer", "radam", "--init-type", "looklinear"),
+        ("--lr-scheduler", "linear", "--max-update", 9),
+        ("--lr-scheduler", "polynomial_decay", "--max-update", 9),
+        ("--eval-bleu", "--eval-bleu-args", '{"beam": 2}', "--distributed-world-size", 2),
+    ],
+)
+def test_settings_are_such_as_fairseq_reads(flags):
+    """What fairseq 0.12.2 refused of all flags' values: unset numbers, an object, parts that it lacks."""
+    args = vars(parse_train_args(command_line("data", Path("unused"), *flags)))
+    kept = vars(stored_settings(args))
+    changed = {"eval_bleu_args"} if "--eval-bleu" in flags else set()
+    assert all(kept[name] == args[name] for name in kept.keys() - changed)
+    assert args.keys() - kept.keys() <= {
+        "distributed_world_size", "min_lr", "total_num_update", "optimizer", "lr_scheduler"
+    }  # fmt: skip
+    for name in ("distributed_world_size", "min_lr", "total_num_update"):
+        assert kept.get(name, 0) is not None
+    assert kept.get("optimizer") != "radam" and kept.get("lr_scheduler") != "linear"
+    assert not changed or json.loads(kept["eval_bleu_args"]) == {"beam": 2}
+
+
+@pytest.mark.parametrize("init_type", ["deepnet", "b2t", "adaptive"])
+def test_settings_are_such_as_fairseq_refuses(init_type):
+    """It would translate with the parameters of some as if they were an ordinary Transformer's."""
+    flags = ("--init-type", init_type, "--distributed-world-size", 2)
+    args = vars(parse_train_args(command_line("data", Path("unused"), *flags)))
+    assert vars(stored_settings(args)) == args | {"distributed_world_size": None}
 
 
 # -- names of parameters

@@ -70,15 +70,30 @@ def test_run_is_fairseqs(name: str, databin: Path, tmp_path: Path) -> None:
     assert_as_recorded(name, run(name, databin, tmp_path, *limits))
 
 
-def as_fairseqs(name: str, state: dict[str, Any], model: torch.nn.Module, path: Path) -> None:
-    """Save a checkpoint of ours with the parameters' order and numbers of fairseq 0.12.2's."""
+def flattened(numbers: dict[int, Any], parameters: list[torch.Tensor]) -> dict[str, Any]:
+    """What the optimiser has of all ``parameters`` in one vector each, zeros where it has nothing."""
+    [kinds] = {tuple(entries) for entries in numbers.values()}
+    zeros = [torch.zeros_like(parameter) for parameter in parameters]
+    flat = {}
+    for kind in kinds:
+        values = [numbers.get(number, {kind: zero})[kind] for number, zero in enumerate(zeros)]
+        one = values[-1]  # the step is one for all
+        flat[kind] = torch.cat([v.flatten() for v in values]) if isinstance(one, torch.Tensor) else one
+    return flat
+
+
+def as_fairseqs(name: str, wrapper: str, state: dict[str, Any], model: torch.nn.Module, path: Path) -> None:
+    """Save a checkpoint of ours with the parameters' order and numbers of fairseq 0.12.2's.
+
+    wrapper: the class there around the optimiser in mixed precision, or nothing.
+    """
     own = [name for name, _ in model.named_parameters()]
     spelling = {".fc": ".feed_forward.fc", "final_layer_norm": "ffn_residual.norm"}
     spelling |= {f"{part}_attn_layer_norm": f"{part}_attn_residual.norm" for part in ("self", "encoder")}
     moments = state["last_optimizer_state"]["state"]
     numbers: dict[int, Any] = {}
     parameters: dict[str, torch.Tensor] = {}
-    number = 0
+    trained: list[torch.Tensor] = []
     for key in RECORD["order"][name]:
         is_copy = key.startswith("encoder.layers.") and len(key.split(".")) == 4  # trained nowhere
         parameters[key] = torch.full((3,), 9.0) if is_copy else state["model"].get(key)
@@ -90,21 +105,34 @@ def as_fairseqs(name: str, state: dict[str, Any], model: torch.nn.Module, path: 
         elif key == "decoder.output_projection.weight":
             parameters[key] = state["model"]["decoder.embed_out"]
         if ours in own:
-            numbers[number] = moments[own.index(ours)]
-        number += is_copy or ours in own
+            numbers[len(trained)] = moments[own.index(ours)]
+        if is_copy or ours in own:
+            trained.append(parameters[key])
     assert sorted(numbers) == RECORD["numbers"][name]
-    history = {"optimizer_name": OPTIMIZERS[name.split()[0]], "num_updates": RESUMED_AT}
-    optimizer = {"state": numbers, "param_groups": [{"lr": 9.0, "params": list(range(number))}]}
+    history = {"optimizer_name": wrapper or OPTIMIZERS[name.split()[0]], "num_updates": RESUMED_AT}
+    optimizer = {"state": numbers, "param_groups": [{"lr": 9.0, "params": list(range(len(trained)))}]}
+    if wrapper:
+        optimizer["loss_scale"] = 128
+    if wrapper == "FP16Optimizer":
+        optimizer |= {"state": {0: flattened(numbers, trained)}, "param_groups": [{"lr": 9.0, "params": [0]}]}
     iterator = {"version": 2, "epoch": RESUMED_AT + 1, "iterations_in_epoch": 0, "shuffle": True}
     extra = {"train_iterator": iterator, "val_loss": None, "best": 99.0}
-    save(path, parameters, history, last_optimizer_state=optimizer, extra_state=extra)
+    save(path, parameters, history, name.split()[0], last_optimizer_state=optimizer, extra_state=extra)
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_continuing_a_checkpoint_of_fairseq(name: str, databin: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "wrapper"),
+    [
+        *((name, "") for name in RESUMED),
+        ("adam", "FP16Optimizer"),  # --fp16: all parameters in one vector
+        ("sgd", "FP16Optimizer"),
+        ("adafactor with a first moment", "MemoryEfficientFP16Optimizer"),
+    ],
+)
+def test_continuing_a_checkpoint_of_fairseq(name: str, wrapper: str, databin: Path, tmp_path: Path) -> None:
     model = write_initial(name, databin, tmp_path / "start.pt")
     run(name, databin, tmp_path / "first", "--restore-file", tmp_path / "start.pt", *RESET, "--max-update", RESUMED_AT)
-    as_fairseqs(name, last(tmp_path / "first"), model, tmp_path / "theirs.pt")
+    as_fairseqs(name, wrapper, last(tmp_path / "first"), model, tmp_path / "theirs.pt")
     rest = run(
         name, databin, tmp_path / "on", "--restore-file", tmp_path / "theirs.pt", "--max-update", UPDATES, "--no-save"
     )

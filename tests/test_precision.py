@@ -89,6 +89,10 @@ def test_loss_scaler_by_hand():
         scales.append(scaler.scale)
     # doubled when the updates since the last overflow (the first one counts from -1) are a multiple of the window
     assert scales == [8, 8, 16, 16, 8, 8, 8, 16, 8, 4]
+    fairseqs = DynamicLossScaler(init_scale=8, scale_window=3)
+    fairseqs.load_state_dict({"scale": 32})  # all that its checkpoints have
+    fairseqs.update(overflow=True)
+    assert fairseqs.scale == 16
 
 
 def test_loss_scaler_tolerates_a_share_of_overflows():

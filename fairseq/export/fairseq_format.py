@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from fairseq import admin
 from fairseq.admin.fold import FOLDABLE, PLAIN, fold_notes
-from fairseq.checkpoint import build_from_checkpoint, data_only, load_checkpoint, save_checkpoint, without_optimizer
+from fairseq.checkpoint import (
+    build_from_checkpoint,
+    data_only,
+    load_checkpoint,
+    save_checkpoint,
+    stored_settings,
+    without_optimizer,
+)
 from fairseq.errors import FairseqError
 from fairseq.export.plain import refuse_flags
 from fairseq.export.self_check import ROWS, check_agreement
@@ -41,7 +47,7 @@ def export_fairseq(config: ExportConfig) -> list[str]:
     parameters = to_fairseq(exported.state_dict(), positions=not exported.cfg.no_token_positional_embeddings)
     written = build_from_checkpoint({"args": args, "model": parameters}, path)
     agreement = check_agreement(model, lambda src, prev: written(src, None, prev)[0])
-    new = without_optimizer(state) | {"args": Namespace(**args), "model": parameters}
+    new = without_optimizer(state) | {"args": stored_settings(args), "model": parameters}
     save_checkpoint({name: value for name, value in new.items() if name != "cfg"}, path)
     notes = _notes(model.cfg, exported.cfg, fold)
     return [

@@ -74,10 +74,10 @@ class DynamicLossScaler:
         return {key: getattr(self, key) for key in ("scale", *self._counters)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from ``state_dict()``'s result."""
+        """Continue from ``state_dict()``'s result, or from the scale alone, which is all that fairseq keeps."""
         self.scale = float(state["scale"])
         for key in self._counters:
-            setattr(self, key, int(state[key]))
+            setattr(self, key, int(state.get(key, getattr(self, key))))
 
     _counters = ("_updates", "_overflows", "_last_overflow", "_last_change")
 

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from fairseq import admin
 from fairseq.admin.residual import measures_omega
-from fairseq.checkpoint import check_languages, load_parameters, model_config, require_supported, starting_omega
+from fairseq.checkpoint import (
+    check_languages,
+    load_parameters,
+    model_config,
+    require_supported,
+    starting_omega,
+    stored_settings,
+)
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.translation import Batch, TranslationData
 from fairseq.errors import FairseqError
@@ -23,10 +30,11 @@ from fairseq.models.config import TransformerConfig, left_open
 from fairseq.models.state_dict import from_fairseq, to_fairseq
 from fairseq.models.transformer import Transformer
 from fairseq.options import LAST, CheckpointConfig, section
+from fairseq.registry import CRITERIONS
 from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.distributed import World
 from fairseq.training.divergence import require_finite
-from fairseq.training.fairseq_optimizer import FAIRSEQS_NAMES, from_fairseqs
+from fairseq.training.fairseq_optimizer import from_fairseqs, stored_optimizer
 from fairseq.training.flops import device_peak_flops, training_flops
 from fairseq.training.logging import Averages, TrainLog
 from fairseq.training.profiling import start_omega
@@ -34,6 +42,7 @@ from fairseq.training.sharding import whole_parameters
 from fairseq.training.signals import StopSignals, exit_status
 from fairseq.training.trainer import Trainer
 from fairseq.training.validation import ValidationInterrupted, Validator
+from fairseq.utils.flags import flag_fields
 from fairseq.utils.memory import peak_memory
 
 logger = logging.getLogger("fairseq.train")
@@ -156,12 +165,16 @@ class TrainingRun:
     def _resume_best(self, before: dict[str, Any], extra: dict[str, Any]) -> None:
         """Take over the best validation, where it is of the metric asked for. before: settings."""
         best = None if extra.get("best") is None else float(extra["best"])
-        metric = before.get("best_checkpoint_metric") or "loss"  # all that old fairseq has
-        if metric == self.args.best_checkpoint_metric:
+        metric, new = before.get("best_checkpoint_metric") or "loss", self.args.best_checkpoint_metric
+        config = CRITERIONS.config(self.args.criterion)
+        names = ["criterion", *(field.name for field in flag_fields(config))] if config else ["criterion"]
+        now = {name: getattr(self.args, name) for name in names if new == "loss"}  # what a loss is of
+        changed = {name: value for name, value in now.items() if before.get(name, value) != value}
+        if metric == new and not changed:
             self.checkpoints.best = best
             self.bad_validations = int(extra.get("bad_validations", 0))
         elif best is not None:
-            new = self.args.best_checkpoint_metric
+            new = " ".join([new, *(f"of --{name.replace('_', '-')} {value}" for name, value in changed.items())])
             logger.info(f"best {metric} so far, {best:g}, left aside: from now on {new} counts")
 
     def _resume_optimizer(self, state: dict[str, Any], path: Path | None) -> None:
@@ -169,9 +182,8 @@ class TrainingRun:
         history = (state.get("optimizer_history") or [{}])[-1]
         if state.get("last_optimizer_state") is None:
             raise FairseqError(f"checkpoint {path} has no optimiser state; continue with --reset-optimizer")
-        name, optimizer_state = history.get("optimizer_name"), state["last_optimizer_state"]
-        is_fairseqs = name in FAIRSEQS_NAMES
-        name = FAIRSEQS_NAMES.get(name, name)
+        optimizer_state = state["last_optimizer_state"]
+        name, is_fairseqs = stored_optimizer(history.get("optimizer_name"), state["args"])
         if name != self.args.optimizer:
             raise FairseqError(
                 f"checkpoint {path} holds the state of optimiser {name}, not of our {self.args.optimizer}; "
@@ -179,7 +191,8 @@ class TrainingRun:
             )
         if is_fairseqs:
             moments = from_fairseqs(optimizer_state, state["model"], self.trainer.model)
-            optimizer_state = self.trainer.optimizer.state_dict() | {"state": moments}
+            scaler = {"loss_scaler": {"scale": scale}} if (scale := optimizer_state.get("loss_scale")) else {}
+            optimizer_state = self.trainer.optimizer.state_dict() | {"state": moments} | scaler
         self.trainer.load_optimizer_state(optimizer_state)
         require_finite(self.trainer.named_optimizer_state(), f"checkpoint {path}")
         if not self.args.reset_lr_scheduler:
@@ -349,7 +362,7 @@ class TrainingRun:
         """The checkpoint: fairseq's keys, and all that a resumed run needs to go on as if never stopped."""
         args, trainer = self.args, self.trainer
         return {
-            "args": Namespace(**vars(args)),
+            "args": stored_settings(vars(args)),
             "model": to_fairseq(parameters, positions=not args.no_token_positional_embeddings),
             "optimizer_history": [
                 {
