@@ -244,7 +244,7 @@ def stored_settings(args: dict[str, Any]) -> Namespace:
     The parameters of `deepnet`, say, have an ordinary model's names and shapes, and it would translate with them.
     """
     if args.get("init_type", "default") not in PLAIN:
-        return Namespace(**args | {"distributed_world_size": None})
+        return Namespace(**args | {"distributed_world_size": None})  # which it refuses
     kept = {key: value for key, value in args.items() if key not in _REFUSED or value != _REFUSED[key]}
     if isinstance(kept.get("eval_bleu_args"), dict):
         kept["eval_bleu_args"] = json.dumps(kept["eval_bleu_args"])

@@ -56,10 +56,27 @@ def test_every_preset_is_tested():
 
 def test_flags_win_over_the_preset():
     args = parse("--arch", "transformer_wmt_en_de_big", "--encoder-embed-dim", "64", "--dropout", "0")
-    assert (args.encoder_embed_dim, args.decoder_embed_dim, args.dropout) == (64, 64, 0)
+    assert (args.encoder_embed_dim, args.decoder_embed_dim, args.dropout) == (64, 1024, 0)
     assert (args.encoder_ffn_embed_dim, args.decoder_ffn_embed_dim) == (4096, 4096)
     args = parse("--encoder-embed-dim", "64", "--decoder-embed-dim", "32")
     assert (args.encoder_embed_dim, args.decoder_embed_dim) == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dims"),
+    [
+        ("transformer", (64, 96)),
+        ("transformer_wmt_en_de", (64, 96)),
+        ("transformer_iwslt_de_en", (512, 1024)),
+        ("transformer_vaswani_wmt_en_fr_big", (1024, 4096)),
+        ("transformer_wmt_en_de_big_t2t", (1024, 4096)),
+        ("transformer_tiny", (64, 96)),
+    ],
+)
+def test_decoders_follow_the_encoders_flags_where_fairseqs_do(arch, dims):
+    """The widths that fairseq 0.9, 0.10 and 0.12 gave its decoder with these flags."""
+    args = parse("--arch", arch, "--encoder-embed-dim", "64", "--encoder-ffn-embed-dim", "96")
+    assert (args.decoder_embed_dim, args.decoder_ffn_embed_dim) == dims
 
 
 def test_defaults_are_fairseqs():

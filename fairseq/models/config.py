@@ -27,8 +27,12 @@ class TransformerConfig:
     encoder_normalize_before: bool = flag(False, "Pre-LN encoder")
     encoder_learned_pos: bool = flag(False, "learned encoder positions instead of sinusoidal ones")
     decoder_layers: int = flag(6, "decoder layers", least=1)
-    decoder_embed_dim: int | None = flag(None, "decoder model dimension (default: the encoder's)", least=1)
-    decoder_ffn_embed_dim: int | None = flag(None, "decoder feed-forward dimension (default: the encoder's)", least=1)
+    decoder_embed_dim: int | None = flag(
+        None, "decoder model dimension (default: the preset's, else the encoder's)", least=1
+    )
+    decoder_ffn_embed_dim: int | None = flag(
+        None, "decoder feed-forward dimension (default: the preset's, else the encoder's)", least=1
+    )
     decoder_attention_heads: int = flag(8, "decoder attention heads", least=1)
     decoder_normalize_before: bool = flag(False, "Pre-LN decoder")
     decoder_learned_pos: bool = flag(False, "learned decoder positions instead of sinusoidal ones")
@@ -112,10 +116,12 @@ def _known(given: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if key in names}
 
 
-_BIG = {
+_BIG = {  # the decoder's sizes too: as in fairseq, they do not follow a flag of the encoder's
     "encoder_embed_dim": 1024,
     "encoder_ffn_embed_dim": 4096,
     "encoder_attention_heads": 16,
+    "decoder_embed_dim": 1024,
+    "decoder_ffn_embed_dim": 4096,
     "decoder_attention_heads": 16,
     "dropout": 0.3,
 }
@@ -125,6 +131,8 @@ register_architecture(
     "transformer_iwslt_de_en",
     encoder_ffn_embed_dim=1024,
     encoder_attention_heads=4,
+    decoder_embed_dim=512,
+    decoder_ffn_embed_dim=1024,
     decoder_attention_heads=4,
 )
 register_architecture("transformer_vaswani_wmt_en_de_big", **_BIG)
