@@ -85,7 +85,7 @@ def flattened(numbers: dict[int, Any], parameters: list[torch.Tensor]) -> dict[s
 def as_fairseqs(name: str, wrapper: str, state: dict[str, Any], model: torch.nn.Module, path: Path) -> None:
     """Save a checkpoint of ours with the parameters' order and numbers of fairseq 0.12.2's.
 
-    wrapper: the class there around the optimiser in mixed precision, or nothing.
+    wrapper: the class that it names, the one around the optimiser in mixed precision; or nothing.
     """
     own = [name for name, _ in model.named_parameters()]
     spelling = {".fc": ".feed_forward.fc", "final_layer_norm": "ffn_residual.norm"}
@@ -111,7 +111,7 @@ def as_fairseqs(name: str, wrapper: str, state: dict[str, Any], model: torch.nn.
     assert sorted(numbers) == RECORD["numbers"][name]
     history = {"optimizer_name": wrapper or OPTIMIZERS[name.split()[0]], "num_updates": RESUMED_AT}
     optimizer = {"state": numbers, "param_groups": [{"lr": 9.0, "params": list(range(len(trained)))}]}
-    if wrapper:
+    if "FP16" in wrapper:
         optimizer["loss_scale"] = 128
     if wrapper == "FP16Optimizer":
         optimizer |= {"state": {0: flattened(numbers, trained)}, "param_groups": [{"lr": 9.0, "params": [0]}]}
@@ -139,3 +139,15 @@ def test_continuing_a_checkpoint_of_fairseq(name: str, wrapper: str, databin: Pa
     recorded = {key: values[RESUMED_AT:] for key, values in RECORD["runs"][name].items()}
     assert len(rest["loss"]) == len(recorded["loss"])
     assert_as_recorded(name, rest, start=RESUMED_AT)
+
+
+def test_continuing_a_checkpoint_with_radam_of_the_admin_code(databin: Path, tmp_path: Path) -> None:
+    model = write_initial("adam", databin, tmp_path / "start.pt")
+    start = ("--optimizer", "radam", "--restore-file", tmp_path / "start.pt", *RESET)
+    whole = run("adam", databin, tmp_path / "whole", *start, "--max-update", UPDATES, "--no-save")
+    run("adam", databin, tmp_path / "first", *start, "--max-update", RESUMED_AT)
+    as_fairseqs("adam", "FairseqRAdam", last(tmp_path / "first"), model, tmp_path / "theirs.pt")
+    limits = ("--restore-file", tmp_path / "theirs.pt", "--max-update", UPDATES, "--no-save")
+    rest = run("adam", databin, tmp_path / "on", "--optimizer", "radam", *limits)
+    assert rest["loss"] == pytest.approx(whole["loss"][RESUMED_AT:], rel=1e-6)
+    assert rest["lr"] == whole["lr"][RESUMED_AT:]

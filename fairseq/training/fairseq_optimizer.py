@@ -14,7 +14,8 @@ from torch import Tensor
 from fairseq.models.state_dict import fairseqs_parameters, from_fairseq
 from fairseq.models.transformer import Transformer
 
-_NAMES = {"FairseqAdam": "adam", "FairseqAdafactor": "adafactor", "SGD": "sgd"}  # classes there -> ours
+# Classes there -> ours; radam's is the one that the original Admin code's recipes train with
+_NAMES = {"FairseqAdam": "adam", "FairseqAdafactor": "adafactor", "SGD": "sgd", "FairseqRAdam": "radam"}
 _MIXED_PRECISION = ("FP16Optimizer", "MemoryEfficientFP16Optimizer")  # around the one that the settings name
 
 
