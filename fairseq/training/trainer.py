@@ -167,7 +167,9 @@ class Trainer:
         """
         place = micro_batch * self.world.size + self.world.rank
         seed = np.random.SeedSequence([self.args.seed, self.num_updates + self.skipped, place]).generate_state(1)[0]
-        torch.manual_seed(int(seed))
+        torch.default_generator.manual_seed(int(seed))  # torch.manual_seed formats its caller's stack for GPUs
+        if self.world.device.type == "cuda":
+            torch.cuda.manual_seed(int(seed))
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Forward pass: (loss, nll) of a micro-batch, scalars."""
