@@ -115,7 +115,7 @@ def test_what_is_due_when(toy_databin, tmp_path, caplog, save, save_updates, che
         names = {f"checkpoint{epoch}.pt"} if by_epoch else set()
         names |= {f"checkpoint_{epoch}_{update}.pt"} if by_updates and not is_end else set()
         names |= {LAST} if saves else set()
-        if validated.get(update, best) < best:
+        if update in validated and validated[update] <= best:
             best = validated[update]
             names |= {BEST, LAST}
         assert saved.get(update, (epoch, set())) == (epoch, names), update
