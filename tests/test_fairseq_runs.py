@@ -82,10 +82,10 @@ def flattened(numbers: dict[int, Any], parameters: list[torch.Tensor]) -> dict[s
     return flat
 
 
-def as_fairseqs(name: str, wrapper: str, state: dict[str, Any], model: torch.nn.Module, path: Path) -> None:
+def as_fairseqs(name: str, optimizer_class: str, state: dict[str, Any], model: torch.nn.Module, path: Path) -> None:
     """Save a checkpoint of ours with the parameters' order and numbers of fairseq 0.12.2's.
 
-    wrapper: the class that it names, the one around the optimiser in mixed precision; or nothing.
+    optimizer_class: the one in it, around the optimiser in mixed precision; nothing for the usual one.
     """
     own = [name for name, _ in model.named_parameters()]
     spelling = {".fc": ".feed_forward.fc", "final_layer_norm": "ffn_residual.norm"}
@@ -109,11 +109,11 @@ def as_fairseqs(name: str, wrapper: str, state: dict[str, Any], model: torch.nn.
         if is_copy or ours in own:
             trained.append(parameters[key])
     assert sorted(numbers) == RECORD["numbers"][name]
-    history = {"optimizer_name": wrapper or OPTIMIZERS[name.split()[0]], "num_updates": RESUMED_AT}
+    history = {"optimizer_name": optimizer_class or OPTIMIZERS[name.split()[0]], "num_updates": RESUMED_AT}
     optimizer = {"state": numbers, "param_groups": [{"lr": 9.0, "params": list(range(len(trained)))}]}
-    if "FP16" in wrapper:
+    if "FP16" in optimizer_class:
         optimizer["loss_scale"] = 128
-    if wrapper == "FP16Optimizer":
+    if optimizer_class == "FP16Optimizer":
         optimizer |= {"state": {0: flattened(numbers, trained)}, "param_groups": [{"lr": 9.0, "params": [0]}]}
     iterator = {"version": 2, "epoch": RESUMED_AT + 1, "iterations_in_epoch": 0, "shuffle": True}
     extra = {"train_iterator": iterator, "val_loss": None, "best": 99.0}
@@ -121,7 +121,7 @@ def as_fairseqs(name: str, wrapper: str, state: dict[str, Any], model: torch.nn.
 
 
 @pytest.mark.parametrize(
-    ("name", "wrapper"),
+    ("name", "optimizer_class"),
     [
         *((name, "") for name in RESUMED),
         ("adam", "FP16Optimizer"),  # --fp16: all parameters in one vector
@@ -129,10 +129,10 @@ def as_fairseqs(name: str, wrapper: str, state: dict[str, Any], model: torch.nn.
         ("adafactor with a first moment", "MemoryEfficientFP16Optimizer"),
     ],
 )
-def test_continuing_a_checkpoint_of_fairseq(name: str, wrapper: str, databin: Path, tmp_path: Path) -> None:
+def test_continuing_a_checkpoint_of_fairseq(name: str, optimizer_class: str, databin: Path, tmp_path: Path) -> None:
     model = write_initial(name, databin, tmp_path / "start.pt")
     run(name, databin, tmp_path / "first", "--restore-file", tmp_path / "start.pt", *RESET, "--max-update", RESUMED_AT)
-    as_fairseqs(name, wrapper, last(tmp_path / "first"), model, tmp_path / "theirs.pt")
+    as_fairseqs(name, optimizer_class, last(tmp_path / "first"), model, tmp_path / "theirs.pt")
     rest = run(
         name, databin, tmp_path / "on", "--restore-file", tmp_path / "theirs.pt", "--max-update", UPDATES, "--no-save"
     )

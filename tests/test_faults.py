@@ -325,7 +325,9 @@ def test_signal_under_torchrun(toy_databin, tmp_path, to):
     assert process.returncode != 0
     assert 3 <= last(tmp_path)["optimizer_history"][-1]["num_updates"] < 60, errors
     assert "SIGTERM; the same command continues" in (tmp_path / "log").read_text()
-    train(toy_databin, tmp_path, *LONG, "--update-freq", 2)  # alone, and the same updates
+    process = start(toy_databin, tmp_path, *LONG, launcher=TORCHRUN)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
     numbers = [line["num_updates"] for line in logged(tmp_path) if "update" in line]
     assert numbers == list(range(1, 61))  # none lost, none twice
 

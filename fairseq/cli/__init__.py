@@ -23,10 +23,10 @@ Main = Callable[["list[str] | None"], None]
 # run, and the processes of training, which multiprocessing starts, import all this too.
 _PROGRAM = os.path.basename(sys.argv[0]) if sys.argv else ""
 _STARTING = (_PROGRAM == "-m" or _PROGRAM.startswith("fairseq-")) and "multiprocessing.spawn" not in sys.modules
-if _STARTING and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 if _STARTING:
     gc.disable()  # modules stay: to look for garbage among them takes a sixth of the time
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def command(main: Main, logs: TextIO | None = None) -> Main:
@@ -34,10 +34,10 @@ def command(main: Main, logs: TextIO | None = None) -> Main:
 
     logs: stream of the log lines; standard error if None.
     """
-    if _STARTING and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     if _STARTING:
         gc.enable()
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import fairseq.admin.residual  # noqa: F401  (it registers the rules, whose flags are settings too)
 from fairseq.registry import ARCHITECTURES, RESIDUAL_RULES
-from fairseq.utils.flags import default_of, flag, flag_fields, from_namespace, others, parse_value
+from fairseq.utils.flags import default_of, flag, flag_names, from_namespace, others, parse_value
 
 ACTIVATIONS = ("relu", "gelu", "gelu_accurate", "gelu_fast", "tanh", "linear", "swish")
 
@@ -107,8 +107,8 @@ def left_open(args: Namespace, stored: dict[str, Any]) -> dict[str, Any]:
     config = RESIDUAL_RULES.config(args.init_type)
     if config is None:
         return {}
-    flags = [field.name for field in flag_fields(config)]
-    return {name: parse_value(config, name, stored[name]) for name in flags if name in stored and name not in args}
+    names = [name for name in flag_names(config) if name in stored and name not in args]
+    return {name: parse_value(config, name, stored[name]) for name in names}
 
 
 def _known(given: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from fairseq.training.sharding import whole_parameters
 from fairseq.training.signals import StopSignals, exit_status
 from fairseq.training.trainer import Trainer
 from fairseq.training.validation import ValidationInterrupted, Validator
-from fairseq.utils.flags import flag_fields
+from fairseq.utils.flags import flag_names
 from fairseq.utils.memory import peak_memory
 
 logger = logging.getLogger("fairseq.train")
@@ -166,9 +166,8 @@ class TrainingRun:
         """Take over the best validation, where it is of the metric asked for. before: settings."""
         best = None if extra.get("best") is None else float(extra["best"])
         metric, new = before.get("best_checkpoint_metric") or "loss", self.args.best_checkpoint_metric
-        config = CRITERIONS.config(self.args.criterion)
-        names = ["criterion", *(field.name for field in flag_fields(config))] if config else ["criterion"]
-        now = {name: getattr(self.args, name) for name in names if new == "loss"}  # what a loss is of
+        names = ["criterion", *flag_names(CRITERIONS.config(self.args.criterion))] if new == "loss" else []
+        now = {name: getattr(self.args, name) for name in names}  # what a loss is of
         changed = {name: value for name, value in now.items() if before.get(name, value) != value}
         if metric == new and not changed:
             self.checkpoints.best = best

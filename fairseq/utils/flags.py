@@ -138,6 +138,11 @@ def flag_fields(config: type) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(config) if "help" in field.metadata]
 
 
+def flag_names(config: type | None) -> list[str]:
+    """The names of the fields of dataclass ``config`` that are flags; of None, none."""
+    return [] if config is None else [field.name for field in flag_fields(config)]
+
+
 def _choices(field: dataclasses.Field[Any]) -> Sequence[str] | None:
     choices = field.metadata["choices"]
     return choices() if callable(choices) else choices
