@@ -23,6 +23,7 @@ from fairseq.utils.flags import flag
 
 Criterion = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 SLICE_ELEMENTS = 2**22  # logits in a slice: 16 MiB in float32
+SLICE_ELEMENTS_GPU = 2**25  # a slice is 30 kernels to launch, and products of few rows leave most of a GPU idle
 
 
 @dataclass
@@ -116,7 +117,7 @@ class _LossOfLogits(torch.autograd.Function):
         wants_grad = ctx.needs_input_grad[0]
         ctx.grad = torch.empty_like(logits) if wants_grad else None
         sums = _Sums(logits, epsilon, padding_idx)
-        for part in _slices(*logits.shape):
+        for part in _slices(logits, logits.size(1)):
             grad = sums.add(logits[part], target[part], 1.0 if wants_grad else None)
             if grad is not None:
                 ctx.grad[part] = grad
@@ -147,7 +148,7 @@ class _LossOfFeatures(torch.autograd.Function):
             features_grad, weight_grad = torch.empty_like(features), torch.zeros_like(weight)
         matrix = weight.to(features.dtype)
         sums = _Sums(features, epsilon, padding_idx)
-        for part in _slices(len(features), len(weight)):
+        for part in _slices(features, len(weight)):
             grad = sums.add(features[part] @ matrix.T, target[part], grad_scale if wants_grad else None)
             if features_grad is None or weight_grad is None or grad is None:
                 continue
@@ -205,6 +206,8 @@ class _Sums:
         return grad.mul_(keep * grad_scale)
 
 
-def _slices(rows: int, vocab: int) -> Iterator[slice]:
-    step = max(1, SLICE_ELEMENTS // vocab)
-    return (slice(start, start + step) for start in range(0, rows, step))
+def _slices(rows: Tensor, vocab: int) -> Iterator[slice]:
+    """Of ``rows`` in parts of like size, each with about so many logits."""
+    most = max(1, (SLICE_ELEMENTS if rows.device.type == "cpu" else SLICE_ELEMENTS_GPU) // vocab)
+    step = max(1, -(-len(rows) // max(1, -(-len(rows) // most))))
+    return (slice(start, start + step) for start in range(0, len(rows), step))

@@ -35,8 +35,8 @@ def log2_sum_exp2(x: Tensor) -> Tensor:
         sums = torch.cat([part.exp2().sum(1, keepdim=True) for part in x.split(64)])
         if sums.numel() == 0 or (sums.max() < 2.0**120 and sums.min() > 2.0**-60):
             return sums.log2_()
-    largest = x.amax(1, keepdim=True)
-    return (x - largest).exp2_().sum(1, keepdim=True).log2_() + largest
+    # not exp2, which torch compiles when a GPU first needs it
+    return torch.logsumexp(x / LOG2_E, 1, keepdim=True) * LOG2_E
 
 
 def best_candidates(lprobs: Tensor, offsets: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from fairseq.admin.residual import ResidualSite
 from fairseq.errors import FairseqError
 from fairseq.models import __getattr__  # noqa: F401  (TransformerModel is found here too, as in fairseq)
 from fairseq.models.config import TransformerConfig
-from fairseq.modules.attention import MultiheadAttention
+from fairseq.modules.attention import MultiheadAttention, attention_mask
 from fairseq.modules.decoder_cache import DecoderCache
 from fairseq.modules.dropout import Dropout
 from fairseq.modules.feed_forward import FeedForward
@@ -125,8 +125,9 @@ class TransformerEncoder(_Stack):
         keep = src_tokens.ne(PAD)
         x = self.embed(src_tokens, self._positions(src_tokens)) * keep[:, :, None]
         mask = keep[:, None, None, :]
+        layers_mask = attention_mask(mask, x)
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x, layers_mask)
         if self.layer_norm is not None:
             x = self.layer_norm(x)
         return EncoderOut(x, mask)
@@ -162,9 +163,10 @@ class TransformerDecoder(_Stack):
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         # Real positions never see the padding to their right; it is masked for the padding's own sake, whose outputs
         # count in the variances that Admin measures.
-        mask = causal & prev_output_tokens.ne(PAD)[:, None, None, :]
+        mask = attention_mask(causal & prev_output_tokens.ne(PAD)[:, None, None, :], x)
+        encoder_mask = attention_mask(encoder_out.mask, x)
         for layer in self.layers:
-            x = layer(x, mask, encoder_out.x, encoder_out.mask)
+            x = layer(x, mask, encoder_out.x, encoder_mask)
         return x if self.layer_norm is None else self.layer_norm(x)
 
     def _layers(self) -> list[TransformerDecoderLayer]:

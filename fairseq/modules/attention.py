@@ -12,6 +12,22 @@ from torch import Tensor, nn
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def attention_mask(keep: Tensor, x: Tensor) -> Tensor:
+    """What attention is fastest with: on a GPU, what is added to the scores, in the precision that they have there.
+
+    keep: bool (..., mem), True where attention is allowed; the result has its shape. x: what will attend. Of a bool
+    mask torch makes the sum's operand anew in every layer, and of rows that do not begin at multiples of eight elements
+    a copy where they do.
+    """
+    device = x.device.type
+    if device == "cpu":
+        return keep
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    mem = keep.size(-1)
+    bias = torch.zeros(*keep.shape[:-1], -(-mem // 8) * 8, dtype=dtype, device=keep.device)[..., :mem]
+    return bias.masked_fill_(~keep, -math.inf)
+
+
 class MultiheadAttention(nn.Module):
     """Scaled dot-product attention over ``num_heads`` heads, batch first.
 
@@ -48,7 +64,7 @@ class MultiheadAttention(nn.Module):
         """query: (batch, time, dim) -> (batch, time, dim).
 
         key, value: from ``project_kv``. mask: bool, broadcastable to (batch, heads, time, mem), True where attention
-        is allowed.
+        is allowed; or what ``attention_mask`` makes of it.
         """
         q_BHTD = self._split_heads(self.q_proj(query))
         dropout = self.dropout if self.training else 0.0
@@ -64,5 +80,11 @@ class MultiheadAttention(nn.Module):
         return torch.softmax(scores_BHTM, dim=-1).mean(dim=1)
 
     def forward(self, query: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """query: (batch, time, dim), memory: (batch, mem, kdim) -> (batch, time, dim)."""
+        """query: (batch, time, dim), memory: (batch, mem, kdim) -> (batch, time, dim). mask: as ``attend``'s."""
+        device = query.device.type
+        if device != "cpu" and torch.is_autocast_enabled(device):  # which would convert them for each projection
+            dtype = torch.get_autocast_dtype(device)
+            same = query is memory
+            memory = memory.to(dtype)
+            query = memory if same else query.to(dtype)
         return self.attend(query, *self.project_kv(memory), mask=mask)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.data.translation import Batch
-from fairseq.training.precision import autocast
+from fairseq.training.precision import ConvertedWeights, autocast
 from fairseq.training.transfer import to_device
 
 SUMS = ("loss", "nll_loss", "ntokens", "nsentences")  # what a batch adds up to; losses in nats
 
 
 def batch_losses(
-    model: nn.Module,
+    model: nn.Module | ConvertedWeights,
     criterion: Any,
     batch: Batch,
     args: Namespace,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 
 from fairseq.errors import FairseqError
 from fairseq.options import TrainLogConfig
@@ -12,6 +16,51 @@ def autocast(device: torch.device, fp16: bool, bf16: bool) -> torch.autocast:
     """The context to run a model in; a no-op in float32."""
     dtype = torch.float16 if fp16 else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=fp16 or bf16, cache_enabled=True)
+
+
+class ConvertedWeights:
+    """A model whose linear layers find their weights converted to autocast's precision when it is called.
+
+    autocast would convert them, and their gradients back, with a kernel each: a quarter of the kernels of an update.
+    Here a few kernels convert all. The gradients come together at the end of the backward pass, so that what waits for
+    single ones, as DistributedDataParallel does, is better off without.
+    """
+
+    def __init__(self, model: nn.Module, without: nn.Module) -> None:
+        """without: a layer that sees to itself."""
+        self.model = model
+        linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not without]
+        self._weights = {f"{n}.{key}": p for n, module in linear for key, p in module.named_parameters(recurse=False)}
+
+    def __call__(self, **inputs: Any) -> Any:
+        """As the model."""
+        device = next(iter(self._weights.values())).device.type
+        if not torch.is_autocast_enabled(device):
+            return self.model(**inputs)
+        converted = _Convert.apply(torch.get_autocast_dtype(device), *self._weights.values())
+        named = dict(zip(self._weights, converted, strict=True))
+        return torch.func.functional_call(self.model, named, (), inputs, tie_weights=False)
+
+
+class _Convert(torch.autograd.Function):
+    """float32 tensors in another precision."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return _converted(tensors, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        there = iter(_converted([grad for grad in grads if grad is not None], torch.float32))
+        return None, *(None if grad is None else next(there) for grad in grads)
+
+
+def _converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
+    if copies:
+        torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 class DynamicLossScaler:

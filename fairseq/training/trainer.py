@@ -37,7 +37,7 @@ from fairseq.training.distributed import World
 from fairseq.training.divergence import advice, find_break
 from fairseq.training.losses import SUMS, batch_losses, batch_sums
 from fairseq.training.out_of_memory import smallest_batch
-from fairseq.training.precision import DynamicLossScaler, make_loss_scaler
+from fairseq.training.precision import ConvertedWeights, DynamicLossScaler, make_loss_scaler
 from fairseq.training.sharding import gather, local, scatter_optimizer_state
 from fairseq.training.transfer import on_its_way_to_host
 from fairseq.utils.flags import from_namespace
@@ -71,6 +71,13 @@ class Trainer:
         self._size = f"{sum(p.numel() for p in model.parameters()):,} parameters on {world.device}"
         with out_of_memory_ends(f"{self._process}placing {self._size}", TOO_LARGE):
             self._wrapped = world.average_gradients(self.model, args.ddp_backend, args.bucket_cap_mb)
+        self._called: nn.Module | ConvertedWeights = self._wrapped
+        if (
+            world.device.type == "cuda"
+            and world.size == 1
+            and not (args.checkpoint_activations or args.offload_activations)
+        ):
+            self._called = ConvertedWeights(model, model.decoder.output_projection)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._sharded = any(map(is_sharded, self.parameters))
         self.criterion = component(CRITERIONS, args.criterion, args, PAD)
@@ -173,7 +180,7 @@ class Trainer:
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Forward pass: (loss, nll) of a micro-batch, scalars."""
-        return batch_losses(self._wrapped, self.criterion, batch, self.args, self.world.device, self.loss_scale)
+        return batch_losses(self._called, self.criterion, batch, self.args, self.world.device, self.loss_scale)
 
     @property
     def loss_scale(self) -> Tensor | float:
