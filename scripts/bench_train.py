@@ -132,7 +132,7 @@ def _measure(args: Namespace, started: float, kind: str, arch: str, max_tokens: 
     ]
     flags += ["--share-all-embeddings", "--lr", 1e-4]
     flags += [f"--{precision}"] * (precision == "bf16") + ["--compile"] * ("compile" in kind)
-    flags += ["--cuda-graphs"] * ("graphs" in kind)
+    flags += ["--cuda-graphs" if "graphs" in kind else "--no-cuda-graphs"]
     train_args = parse_train_args([str(flag) for flag in flags])
     train_args.fp16 = precision == "fp16"
     data = TranslationData.open(section(DataConfig, train_args))

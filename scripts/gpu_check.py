@@ -123,13 +123,13 @@ def _stages(args: argparse.Namespace, data: Path) -> list[Stage]:
     admin = f"--init-type adaptive --omega-file {args.work}/omega"
     bleu = '--eval-bleu --eval-bleu-args {"beam":4,"max_len_b":60}'
     stages += [
-        training("train graphs bf16", "--cuda-graphs --bf16"),
-        training("train eager fp16 BLEU", f"--fp16 {bleu}" if not args.cpu else bleu),
+        training("train bf16", "--bf16"),
+        training("train eager fp16 BLEU", f"--no-cuda-graphs --fp16 {bleu}" if not args.cpu else bleu),
         training("train Admin 18 layers", f"{admin} --bf16 --encoder-layers 18 --checkpoint-activations"),
-        training("train compiled graphs", "--cuda-graphs --bf16 --compile"),
+        training("train compiled", "--bf16 --compile"),
         training("train offloaded", "--offload-activations" if not args.cpu else "", 20),
     ]
-    model = str(args.work / "train-graphs-bf16" / "checkpoint_last.pt")
+    model = str(args.work / "train-bf16" / "checkpoint_last.pt")
     generate = [*python, "scripts/bench_generate.py", str(data), "--path", model, *cpu, "--limit", "500"]
     stages += [_bench(args, data, tokens, precision, variant) for tokens, precision, variant in _rows(args.cpu)]
     found = args.work / "generate.json"

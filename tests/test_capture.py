@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch
 from fairseq.criterions import cross_entropy
 from fairseq.errors import FairseqError
 from fairseq.options import parse_train_args
-from fairseq.training.capture import UpdateGraphs, _obstacle
+from fairseq.training import validation
+from fairseq.training.capture import UpdateGraphs, _obstacle, uses_graphs
+from fairseq.training.distributed import World
 from tests.tape import TapeRecorder
 from tests.training_runs import batches_of_shapes, command_line, endless_updates, train, trainer_and_batches
 
@@ -33,7 +36,7 @@ def _trainer(databin, *flags, graphs=True, lazy=True, **settings):
     trainer._check_every_update = trainer._check_every_update and not (lazy and trainer.scaler is None)
     recorder = TapeRecorder()
     if graphs:
-        trainer._step = UpdateGraphs(trainer, recorder).step
+        trainer.graphs = UpdateGraphs(trainer, recorder)
     return trainer, recorder, endless_updates(trainer, batches_of_shapes(databin, 3, 250))
 
 
@@ -149,7 +152,7 @@ def test_gradient_that_breaks_is_named_after_a_graph(toy_databin):
     assert recorder.repeated
     real, weight = trainer.losses, trainer.model.decoder.layers[0].feed_forward.fc1.weight
     handle = weight.register_hook(lambda grad: grad * float("inf"))
-    trainer._step.__self__._graphs.clear()  # recorded anew, with what breaks
+    trainer.graphs._graphs.clear()  # recorded anew, with what breaks
     with pytest.raises(FairseqError, match=r"the first gradient that is not.*decoder.layers.0.feed_forward.fc1.weight"):
         _run(trainer, batches, 2)
     handle.remove()
@@ -175,9 +178,7 @@ def test_fp16_scale_is_seen_by_graphs(toy_databin):
 
 def test_resuming_is_exact(toy_databin, tmp_path, monkeypatch):
     """Runs that stop and go on, by the real command, with graphs from the third update on."""
-    monkeypatch.setattr(
-        "fairseq.training.trainer.with_graphs", lambda trainer: UpdateGraphs(trainer, TapeRecorder()).step
-    )
+    monkeypatch.setattr("fairseq.training.trainer.with_graphs", lambda trainer: UpdateGraphs(trainer, TapeRecorder()))
     flags = ("--cuda-graphs", "--batch-shapes", 2, "--max-tokens", 250, "--no-epoch-checkpoints", *FLAGS)
     whole = train(toy_databin, tmp_path / "whole", *flags, "--max-update", 16)
     train(toy_databin, tmp_path / "parts", *flags, "--max-update", 9)
@@ -211,6 +212,81 @@ def test_a_shape_without_memory_goes_on_without(toy_databin, caplog):
     assert recorder.given_up == 0  # the other graphs go on with the generator they know
 
 
+@pytest.mark.parametrize("flags", [(), ("--update-freq", 2)], ids=str)
+def test_a_graph_that_computes_something_else_is_noticed(toy_databin, caplog, flags):
+    trainer, recorder, batches = _trainer(toy_databin, *flags)
+    record = recorder.record
+
+    def forgets_the_scale(work):
+        repeat = record(work)
+
+        def wrong():
+            repeat()
+            trainer.outcome[2] *= 1.1  # the gradient norm
+
+        return wrong
+
+    recorder.record = forgets_the_scale
+    with caplog.at_level(logging.WARNING):
+        _run(trainer, batches, 14)
+    [message] = [record.message for record in _warnings(caplog)]
+    assert re.match(r"--cuda-graphs: a recorded update has loss (\S+) .*, an ordinary one \1 and .*going on", message)
+    assert trainer.num_updates == 14
+    assert 0 < recorder.repeated <= 3
+
+
+def test_each_graph_is_compared_once(toy_databin, monkeypatch):
+    trainer, recorder, batches = _trainer(toy_databin)
+    measured = []
+    real = trainer.measure
+    monkeypatch.setattr(trainer, "measure", lambda batches: measured.append(1) or real(batches))
+    _run(trainer, batches, 20)
+    assert len(measured) == recorder.recorded
+    assert recorder.repeated > 10
+
+
+def test_memory_that_graphs_hold_is_there_for_others(toy_databin, tmp_path, monkeypatch, caplog):
+    """The first validation runs out of memory, and fits when the graphs are gone."""
+    made = []
+    monkeypatch.setattr(
+        "fairseq.training.trainer.with_graphs",
+        lambda trainer: made.append(UpdateGraphs(trainer, TapeRecorder())) or made[0],
+    )
+    losses = validation.batch_losses
+
+    def runs_out(*args):
+        if made[0]._graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses(*args)
+
+    monkeypatch.setattr(validation, "batch_losses", runs_out)
+    flags = ("--batch-shapes", 2, "--max-tokens", 250, "--max-update", 12, "--validate-interval-updates", 8)
+    lines = train(toy_databin, tmp_path, *flags)
+    assert [line["valid_num_updates"] for line in lines if "valid_loss" in line] == [8, 12]
+    assert "--cuda-graphs: memory is short; going on without" in caplog.messages
+
+
+def test_a_batch_that_does_not_fit_beside_graphs_ends_them(toy_databin, caplog):
+    trainer, _, batches = _trainer(toy_databin)
+    _run(trainer, batches, 14)
+    losses, failures = trainer.losses, [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def runs_out(batch):
+        if failures and batch["target"].size(0) == 3:
+            raise failures.pop()
+        return losses(batch)
+
+    trainer.losses = runs_out
+    one = next(batches)[0]
+    small = {**one, "net_input": {k: v[:3] for k, v in one["net_input"].items()}, "target": one["target"][:3]}
+    with caplog.at_level(logging.WARNING):
+        assert trainer.train_step([small])
+        assert trainer.take_stats()["ooms"] == 0
+        _run(trainer, batches, 7)
+    assert [record.message for record in _warnings(caplog)] == ["--cuda-graphs: memory is short; going on without"]
+    assert trainer.num_updates == 22
+
+
 def test_a_criterion_that_reads_back_goes_on_without(toy_databin, caplog):
     trainer, recorder, batches = _trainer(toy_databin)
     criterion = cross_entropy.smoothed_nll
@@ -236,7 +312,16 @@ def test_says_once_that_it_does_nothing(toy_databin, caplog, flags, reason):
     with caplog.at_level(logging.WARNING):
         trainer, _ = trainer_and_batches(toy_databin, "--cuda-graphs", *flags)
     assert [record.message for record in _warnings(caplog)] == [f"--cuda-graphs does nothing here: {reason}"]
-    assert trainer._step == trainer.eager_step
+    assert trainer.graphs is None
+
+
+def test_on_where_nothing_is_in_the_way(toy_databin):
+    gpu, cpu = (World(0, 1, torch.device(name)) for name in ("cuda:0", "cpu"))
+    line = command_line(toy_databin, Path("unused"))
+    assert uses_graphs(parse_train_args(line), gpu)
+    assert not uses_graphs(parse_train_args([*line, "--no-cuda-graphs"]), gpu)
+    assert not uses_graphs(parse_train_args([*line, "--optimizer", "sgd"]), gpu)
+    assert not uses_graphs(parse_train_args(line), cpu)
 
 
 def test_switches(toy_databin):
@@ -249,7 +334,7 @@ def test_obstacles(toy_databin):
     def reason(*flags, size=1):
         trainer, _ = trainer_and_batches(toy_databin, *flags)
         trainer.world = dataclasses.replace(trainer.world, size=size, device=torch.device("cuda", 0))
-        return _obstacle(trainer)
+        return _obstacle(trainer.args, trainer.world)
 
     assert reason() == ""
     assert reason("--optimizer", "adafactor") == "--optimizer adafactor cannot skip an update on the device"

@@ -43,7 +43,8 @@ def _command(databin: Path, directory: Path, *flags: object) -> list[str]:
 
 def _trainer(databin, *flags, fp16=False):
     """A trainer on the GPU, and batches of three shapes without end."""
-    args = parse_train_args(_command(databin, Path("unused"), *flags))
+    eager = [] if "--cuda-graphs" in flags else ["--no-cuda-graphs"]
+    args = parse_train_args(_command(databin, Path("unused"), *flags, *eager))
     args.fp16 = fp16
     data = TranslationData.open(section(DataConfig, args))
     model = build_model(args, len(data.src_dict), len(data.tgt_dict))
@@ -66,10 +67,6 @@ def _losses(trainer, batches, count):
     return losses
 
 
-def _graphs(trainer):
-    return trainer._step.__self__
-
-
 def _flat(lines):
     return [number for line in lines for number in line]
 
@@ -82,7 +79,7 @@ def test_graphs_train_as_eager_does(toy_databin, flags, caplog):
     with caplog.at_level(logging.WARNING):
         losses = _losses(trainer, batches, 20)
     assert not [record.message for record in caplog.records if "cuda-graphs" in record.message]
-    assert _graphs(trainer)._graphs
+    assert trainer.graphs._graphs
     rel = 3e-2 if "--bf16" in flags else 1e-3
     assert _flat(losses) == pytest.approx(_flat(expected), rel=rel)
 
@@ -98,7 +95,7 @@ def test_fp16_scale_goes_the_same_way(toy_databin):
             scales.append(trainer.scaler.scale)
             losses.append(trainer.take_stats()["loss"])
         runs.append((scales, losses))
-    assert _graphs(trainer)._graphs
+    assert trainer.graphs._graphs
     assert min(runs[0][0]) < 2**30
     assert runs[1][0] == runs[0][0]
     assert runs[1][1] == pytest.approx(runs[0][1], rel=3e-2)
@@ -109,7 +106,7 @@ def test_two_hundred_updates(toy_databin):
     expected = _losses(*_trainer(toy_databin, *flags), 200)
     trainer, batches = _trainer(toy_databin, *flags, "--cuda-graphs")
     losses = _losses(trainer, batches, 200)
-    assert _graphs(trainer)._graphs
+    assert trainer.graphs._graphs
     assert [line[0] for line in losses] == pytest.approx([line[0] for line in expected], rel=1e-4)
 
 
@@ -123,7 +120,7 @@ def test_compiled_and_captured(toy_databin, precision, caplog):
     with caplog.at_level(logging.WARNING):
         losses = _losses(trainer, batches, 20)
     assert not [record.message for record in caplog.records if "failed" in record.message]
-    assert _graphs(trainer)._graphs
+    assert trainer.graphs._graphs
     assert _flat(losses) == pytest.approx(_flat(expected), rel=3e-2 if precision else 1e-3)
 
 
@@ -194,7 +191,7 @@ def test_a_criterion_that_waits_goes_on_without_graphs(toy_databin, caplog):
 
 def test_out_of_memory_while_recording_leaves_the_shape_out(toy_databin, caplog):
     trainer, batches = _trainer(toy_databin, "--cuda-graphs")
-    graphs, losses = _graphs(trainer), trainer.losses
+    graphs, losses = trainer.graphs, trainer.losses
     failures = [torch.OutOfMemoryError("CUDA out of memory")]
 
     def runs_out(batch):

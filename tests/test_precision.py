@@ -7,7 +7,8 @@ import torch
 
 from fairseq.errors import FairseqError
 from fairseq.options import TrainLogConfig
-from fairseq.training.precision import DynamicLossScaler, make_loss_scaler
+from fairseq.training.precision import ConvertedWeights, DynamicLossScaler, make_loss_scaler
+from tests.toys import VOCAB, toy_model
 from tests.training_runs import (
     SGD,
     assert_fails,
@@ -26,6 +27,23 @@ def test_bf16_trains_near_float32(toy_databin, tmp_path):
     assert mixed != plain
     assert mixed[20]["loss"] == pytest.approx(plain[20]["loss"], rel=0.02)
     assert all(tensor.dtype == torch.float32 for tensor in last(tmp_path / "bf16")["model"].values())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_converted_together_are_those_of_autocast(tied):
+    """The same loss and gradients, and nothing of it stays in the model."""
+    found = []
+    model = toy_model(share_all_embeddings=tied).float()
+    src_tokens, tgt_tokens = torch.randint(4, VOCAB, (3, 5)), torch.randint(4, VOCAB, (3, 6))
+    for called in (model, ConvertedWeights(model, model.decoder.output_projection)):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, _ = called(src_tokens=src_tokens, src_lengths=None, prev_output_tokens=tgt_tokens)
+        logits.float().square().mean().backward()
+        found.append({"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters()})
+        model.zero_grad()
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
+    assert all(isinstance(p, torch.nn.Parameter) and p.dtype == torch.float32 for p in model.parameters())
 
 
 def test_fp16_on_the_cpu_is_refused(toy_databin, tmp_path, capsys):

@@ -23,7 +23,7 @@ class TrainDataConfig:
     batch_shapes: int | None = flag(
         None,
         "pad training batches to at most N shapes, chosen for the least padding (0: each batch as small as it can be; "
-        "default: 0, or 48 with --cuda-graphs)",
+        "default: 48 with CUDA graphs, otherwise 0)",
         least=0,
     )
     validate_interval: int = flag(1, "validate every N epochs, and at the end", least=1)
@@ -72,10 +72,10 @@ class OptimizationConfig:
     sentence_avg: bool = flag(False, "normalise gradients by sentences instead of tokens")
     update_freq: list[int] = flag([1], "batches a process adds up before an update; a list is by epoch: 4,2,1", least=1)
     compile: bool = flag(False, "compile the layers with torch.compile: slower to start, then faster", switch=True)
-    cuda_graphs: bool = flag(
-        False,
+    cuda_graphs: bool | None = flag(
+        None,
         "record each batch shape's update as a CUDA graph and repeat that: one GPU, adam or radam, no checkpointed "
-        "activations; not yet tried on a GPU",
+        "activations (default: where that is so)",
         switch=True,
     )
     lr: list[float] = flag([0.25], "learning rate; a list is by epoch (fixed)", "--learning-rate", least=0)

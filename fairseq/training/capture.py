@@ -9,6 +9,8 @@ recorded, which executes nothing, and then repeated. Where an update has one mic
 Where it has several, each adds its gradients to buffers that all graphs share, and one graph more applies them. Graphs
 share their memory: no two run at once, and none leaves anything there for another.
 
+What a recording does when first repeated is compared with an ordinary forward and backward pass on the same batch.
+
 Dropout draws what it would draw without graphs: torch has a graph take seed and offset of the CUDA generator from the
 host when it is launched, and the trainer seeds that before every micro-batch.
 """
@@ -17,6 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -29,12 +33,13 @@ from fairseq.errors import is_out_of_memory
 from fairseq.optim.optimizers import Adam
 
 if TYPE_CHECKING:
+    from fairseq.training.distributed import World
     from fairseq.training.trainer import Trainer
 
 logger = logging.getLogger("fairseq.train")
 
 MOST_GRAPHS = 128  # further shapes run without
-Step = Callable[[Sequence[Batch | None]], bool]
+TOLERANCE = 0.02  # between what a graph computes and what it was recorded from, relative: bf16's sums in another order
 Shape = tuple[int, ...]
 
 
@@ -87,20 +92,25 @@ class CudaRecorder:
         generator.graphsafe_set_state(generator.clone_state())
 
 
-def with_graphs(trainer: Trainer) -> Step:
-    """What does the updates of ``trainer`` from now on: by CUDA graphs where that works, else as without, said once."""
-    if reason := _obstacle(trainer):
-        logger.warning(f"--cuda-graphs does nothing here: {reason}")
-        return trainer.eager_step
-    return UpdateGraphs(trainer, CudaRecorder(trainer.world.device)).step
+def with_graphs(trainer: Trainer) -> UpdateGraphs | None:
+    """The graphs of ``trainer``, if there are to be any. Where the flag asks in vain, that is said."""
+    if uses_graphs(trainer.args, trainer.world):
+        return UpdateGraphs(trainer, CudaRecorder(trainer.world.device))
+    if trainer.args.cuda_graphs:
+        logger.warning(f"--cuda-graphs does nothing here: {_obstacle(trainer.args, trainer.world)}")
+    return None
 
 
-def _obstacle(trainer: Trainer) -> str:
-    args = trainer.args
+def uses_graphs(args: Namespace, world: World) -> bool:
+    """Whether updates are to be recorded, unless that fails: where nothing is in the way and no flag forbids it."""
+    return args.cuda_graphs is not False and not _obstacle(args, world)
+
+
+def _obstacle(args: Namespace, world: World) -> str:
     for is_there, reason in (
-        (trainer.world.device.type != "cuda", "training is not on a GPU"),
-        (trainer.world.size > 1, "there are several processes"),
-        (not isinstance(trainer.optimizer, Adam), f"--optimizer {args.optimizer} cannot skip an update on the device"),
+        (world.device.type != "cuda", "training is not on a GPU"),
+        (world.size > 1, "there are several processes"),
+        (args.optimizer not in ("adam", "radam"), f"--optimizer {args.optimizer} cannot skip an update on the device"),
         (args.checkpoint_activations or args.offload_activations, "activations are checkpointed"),
     ):
         if is_there:
@@ -119,6 +129,7 @@ class UpdateGraphs:
         self._without: set[Shape] = set()  # shapes whose graph did not fit into memory
         self._inputs: dict[Shape, Batch] = {}
         self._graphs: dict[tuple[str, Shape], Callable[[], None]] = {}
+        self._new: set[tuple[str, Shape]] = set()  # graphs that have not been compared yet
         self._off = False
 
     def step(self, micro_batches: Sequence[Batch | None]) -> bool:
@@ -131,7 +142,12 @@ class UpdateGraphs:
             batches = [batch for batch in micro_batches if batch is not None]
             if trainer.nonfinite_in_a_row or not self._ready(batches):
                 return trainer.eager_step(micro_batches)
-            return trainer.step_on_device(partial(self._replay, batches), batches)
+            new = self._new.intersection(_wanted(batches))
+            expected = self._measured(batches) if new else None
+            done = trainer.step_on_device(partial(self._replay, batches), batches)
+            if expected is not None and self._as_expected(expected):
+                self._new -= new
+            return done
 
     def _ready(self, batches: list[Batch]) -> bool:
         """Whether there are graphs for ``batches``; those that can be recorded now are."""
@@ -140,14 +156,14 @@ class UpdateGraphs:
         self._seen.update(new)
         if self._off or new or self._without.intersection(shapes):
             return False
-        wanted = [("whole", shapes[0])] if len(shapes) == 1 else [*(("add", s) for s in shapes), ("apply", ())]
-        for batch, (kind, shape) in zip([*batches, None], wanted, strict=False):
+        for batch, (kind, shape) in zip([*batches, None], _wanted(batches), strict=False):
             if (kind, shape) in self._graphs:
                 continue
             if len(self._graphs) == MOST_GRAPHS:
                 return False
             try:
                 self._graphs[kind, shape] = self._record(kind, shape, batch)
+                self._new.add((kind, shape))
             except Exception as error:  # one that is not the recording's comes again without it
                 self._fail(shape, error)
                 return False
@@ -191,6 +207,52 @@ class UpdateGraphs:
         if kind == "add":
             self._graphs["apply", ()]()
 
+    def _measured(self, batches: list[Batch]) -> list[float] | None:
+        """Loss and gradient norm of the update to come, without graphs; None where memory does not suffice."""
+        try:
+            return self._trainer.measure(batches)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        self._trainer.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        return None
+
+    def _as_expected(self, expected: list[float]) -> bool:
+        """Whether the update just repeated had this loss and gradient norm; if it had others, go on without graphs.
+
+        Where they are not finite nothing can be said: then not, and graphs stay.
+        """
+        found = self._trainer.outcome[1:3].tolist()
+        if not all(map(math.isfinite, (*expected, *found))):
+            return False
+        if all(math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in zip(expected, found, strict=True)):
+            return True
+        (loss, gnorm), (other_loss, other_gnorm) = expected, found
+        logger.warning(
+            f"--cuda-graphs: a recorded update has loss {other_loss:g} and gradient norm {other_gnorm:g}, an ordinary "
+            f"one {loss:g} and {gnorm:g}; going on without (that one update is in the model)"
+        )
+        self._turn_off()
+        return False
+
+    def release(self) -> bool:
+        """Go on without graphs, so that others have their memory; returns whether they had any."""
+        if self._off or not self._graphs:
+            return False
+        logger.warning("--cuda-graphs: memory is short; going on without")
+        self._turn_off()
+        return True
+
+    def _turn_off(self, clean_up: Callable[[], None] = lambda: None) -> None:
+        self._off = True
+        self._graphs.clear()
+        self._inputs.clear()
+        self._grads.clear()
+        clean_up()
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
     def _fail(self, shape: Shape, error: Exception) -> None:
         """Do without: for this shape, when memory did not suffice, else for good."""
         reason = (str(error).strip() or "no reason given").splitlines()[0]
@@ -201,13 +263,13 @@ class UpdateGraphs:
             torch.cuda.empty_cache()
             return
         logger.warning(f"--cuda-graphs failed, going on without: {type(error).__name__}: {reason}")
-        self._off = True
-        self._graphs.clear()
-        self._inputs.clear()
-        self._grads.clear()
-        self._recorder.give_up()
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.empty_cache()
+        self._turn_off(self._recorder.give_up)
+
+
+def _wanted(batches: list[Batch]) -> list[tuple[str, Shape]]:
+    """The graphs of an update: what they do, and of which shape."""
+    shapes = list(map(_shape, batches))
+    return [("whole", shapes[0])] if len(shapes) == 1 else [*(("add", s) for s in shapes), ("apply", ())]
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:

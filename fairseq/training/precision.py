@@ -59,7 +59,7 @@ class _Convert(torch.autograd.Function):
 def _converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     copies = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
     if copies:
-        torch._foreach_copy_(copies, tensors)
+        torch._foreach_copy_(copies, tuple(tensors))
     return copies
 
 

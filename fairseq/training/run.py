@@ -25,7 +25,7 @@ from fairseq.checkpoint import (
 )
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.translation import Batch, TranslationData
-from fairseq.errors import FairseqError
+from fairseq.errors import FairseqError, OutOfMemory
 from fairseq.models.config import TransformerConfig, left_open
 from fairseq.models.state_dict import from_fairseq, to_fairseq
 from fairseq.models.transformer import Transformer
@@ -301,6 +301,15 @@ class TrainingRun:
             stats["mem_gb"] = peak_memory(self.world.device)
         return stats | {"train_wall": self.train_wall, "wall": self._wall()}
 
+    def _validate(self, epoch: int, updates: int) -> float:
+        try:
+            with whole_parameters(self.trainer.model):
+                return self.validator.validate(epoch, updates, self.log, self.checkpoints)
+        except OutOfMemory:
+            if self.trainer.graphs is None or not self.trainer.graphs.release():
+                raise
+        return self._validate(epoch, updates)  # in the memory that the graphs held
+
     def _after_update(self, epoch: int, end_of_epoch: bool = False) -> str:
         """Validate and save as far as due; returns why training ends here, or an empty string."""
         args, updates = self.args, self.trainer.num_updates
@@ -320,8 +329,7 @@ class TrainingRun:
         value, is_best = None, False
         if check and not args.disable_validation:
             try:
-                with whole_parameters(self.trainer.model):
-                    value = self.validator.validate(epoch, updates, self.log, self.checkpoints)
+                value = self._validate(epoch, updates)
             except ValidationInterrupted:
                 return self._stop(self.signals.agreed_now(), epoch, end_of_epoch)
             self.bad_validations = 0 if self.checkpoints.is_better(value) else self.bad_validations + 1

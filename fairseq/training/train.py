@@ -14,6 +14,7 @@ from fairseq.errors import out_of_memory_ends
 from fairseq.models.config import TransformerConfig
 from fairseq.models.transformer import Transformer
 from fairseq.options import DataConfig, section
+from fairseq.training.capture import uses_graphs
 from fairseq.training.distributed import World
 from fairseq.training.logging import TrainLog, choose_log_format
 from fairseq.training.profiling import profile_to_file
@@ -40,7 +41,7 @@ def train(args: Namespace, world: World) -> None:
         model = build_model(args, len(data.src_dict), len(data.tgt_dict))
         shapes = args.batch_shapes
         if shapes is None:
-            shapes = GRAPH_SHAPES if args.cuda_graphs and world.device.type == "cuda" else 0
+            shapes = GRAPH_SHAPES if uses_graphs(args, world) else 0
         itr = EpochBatchIterator(
             lambda epoch: data.load(args.train_subset, epoch, upsample_primary=args.upsample_primary),
             max_tokens=args.max_tokens,

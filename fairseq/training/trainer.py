@@ -101,7 +101,7 @@ class Trainer:
         self._check_every_update = args.fp16 or world.device.type == "cpu" or not device_skips
         self._unread: Callable[[], list[float]] | None = None  # the last update's outcome, on its way from the device
         self.dummy_batch: Callable[[], Batch] | None = None  # for a process that has run out of batches
-        self._step = with_graphs(self) if args.cuda_graphs else self.eager_step
+        self.graphs = with_graphs(self)
 
     @property
     def lr(self) -> float:
@@ -127,7 +127,7 @@ class Trainer:
         self._wrapped.train()
         if self.scaler is not None:
             self._scale.fill_(self.scaler.scale)
-        return self._step(micro_batches)
+        return (self.eager_step if self.graphs is None else self.graphs.step)(micro_batches)
 
     def eager_step(self, micro_batches: Sequence[Batch | None]) -> bool:
         """One update, kernel by kernel; see `train_step`, which everybody else calls."""
@@ -165,7 +165,12 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
         del loss, nll  # with these and the error, all activations are gone
-        self._drop(batch, during, sums, averages)
+        if self.graphs is not None and self.graphs.release() and (during == "forward" or index == 0):
+            if index == 0:
+                self.optimizer.zero_grad(set_to_none=True)
+            self._backward(batch, index, sums, averages)  # in the memory that the graphs held
+        else:
+            self._drop(batch, during, sums, averages)
 
     def seed(self, micro_batch: int) -> None:
         """Seed dropout by update, skipped ones counted, and by the micro-batch's place among all processes'.
@@ -230,11 +235,12 @@ class Trainer:
         """Normalise and clip the gradients and update the parameters; returns as ``train_step``."""
         factor = self.normalise(sums)
         self._read_outcome()
-        look = self._check_every_update or self.nonfinite_in_a_row > 0
+        gradients = self._gradients()  # none where no batch fitted into memory
+        look = self._check_every_update or self.nonfinite_in_a_row > 0 or not gradients
         if look and self.outcome[0]:
             self._skip(self.outcome.tolist(), micro_batches)
             return False
-        torch._foreach_mul_(self._gradients(), factor)
+        torch._foreach_mul_(gradients, factor)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         if look:
@@ -256,12 +262,7 @@ class Trainer:
         gradient norm and sample size.
         """
         sample_size = sums[3] if self.cfg.sentence_avg else sums[2]
-        # DistributedDataParallel, or FSDP2, has divided the sum over processes by their number
-        factor = (self.world.size / self.loss_scale / sample_size).float()
-        gnorm = torch.nn.utils.get_total_norm(self._gradients())
-        if self._sharded:
-            gnorm = self.world.sum(gnorm.square()).sqrt()
-        gnorm = gnorm * factor
+        factor, gnorm = self._norm(sample_size)
         clipped = torch.zeros_like(sample_size)
         if self.cfg.clip_norm > 0:
             clipped = (gnorm > self.cfg.clip_norm).double()
@@ -272,6 +273,26 @@ class Trainer:
         self._stats += torch.cat([done.masked_fill(skip, 0.0), skip.double()[None], sums[-1:]])
         self.outcome.copy_(torch.stack([skip.double(), sums[0], gnorm.double(), sample_size]))
         return factor
+
+    def _norm(self, sample_size: Tensor) -> tuple[Tensor, Tensor]:
+        """What makes a mean of the gradients, by multiplication, and that mean's norm, before clipping: scalars."""
+        # DistributedDataParallel, or FSDP2, has divided the sum over processes by their number
+        factor = (self.world.size / self.loss_scale / sample_size).float()
+        gnorm = torch.nn.utils.get_total_norm(self._gradients())
+        if self._sharded:
+            gnorm = self.world.sum(gnorm.square()).sqrt()
+        return factor, gnorm * factor
+
+    def measure(self, batches: Sequence[Batch]) -> list[float]:
+        """Loss and gradient norm that an update of these batches has, in a single process; nothing is updated."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = self.new_sums()
+        for index, batch in enumerate(batches):
+            self.seed(index)
+            self.backpropagate(batch, *self.losses(batch), sums)
+        _, gnorm = self._norm(sums[3] if self.cfg.sentence_avg else sums[2])
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack([sums[0], gnorm.double()]).tolist()
 
     def _gradients(self) -> list[Tensor]:
         return [local(p.grad) for p in self.parameters if p.grad is not None]
