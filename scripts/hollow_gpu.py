@@ -112,7 +112,7 @@ def _run(args: argparse.Namespace) -> None:
         updates.append([milliseconds, *(b - a for a, b in zip(before, counts(library), strict=True))])
         return result
 
-    Trainer.train_step = measured  # type: ignore[method-assign]
+    setattr(Trainer, step.__name__, measured)
     atexit.register(_report, updates)
     train(args.arguments)
 
