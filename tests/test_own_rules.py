@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from fairseq.admin import profile
+from fairseq.admin.residual import AdminResidual
 from fairseq.checkpoint import load_model
 from fairseq.cli import average, clinic, export, generate
 from fairseq.clinic.subjects import variant
+from fairseq.errors import FairseqError
 from fairseq.hub import TransformerModel
 from fairseq.models.config import TransformerConfig
+from fairseq.models.transformer import Transformer
 from fairseq.options import parse_clinic_args, parse_train_args, section
-from fairseq.registry import RESIDUAL_RULES
+from fairseq.registry import RESIDUAL_RULES, import_user_dir
 from tests.training_runs import ROOT, SMOOTHED, assert_fails, command_line, last, logged, train
 
 CLASH = """
@@ -122,6 +126,54 @@ def test_the_omega_of_a_variant_is_of_its_settings(toy_databin, tmp_path, packag
     assert "init_type=admin-weighted dropout=0.2" in (tmp_path / "omega").read_text()
     argv = command_line(toy_databin, tmp_path / "other", *flags, "--max-update", 1)
     assert_fails(capsys, 1, "was profiled with my_alpha=0.75, this model has 0.5; profile it", *argv)
+
+
+def small(rule: str, **settings: object) -> Transformer:
+    torch.manual_seed(2)
+    shape = {"encoder_embed_dim": 16, "encoder_ffn_embed_dim": 24, "encoder_attention_heads": 2, "encoder_layers": 3}
+    shape |= {"decoder_layers": 1, "decoder_attention_heads": 2, "init_type": rule}
+    return Transformer(TransformerConfig(**(shape | settings)), 20, 20)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    tokens = torch.randint(4, 20, (5, 9))
+    return {"src_tokens": tokens, "src_lengths": torch.full((5,), 9), "prev_output_tokens": tokens}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0])
+def test_a_variant_is_profiled_with_what_it_adds(package, alpha):
+    import_user_dir(str(package))
+    model, inputs = small("admin-weighted", rule_settings={"my_alpha": alpha}), batch()
+    found = profile(model, inputs, deterministic=True).encoder
+    model.eval()
+    x, omega, expected = (
+        model.encoder.embed(inputs["src_tokens"], model.encoder._positions(inputs["src_tokens"])),
+        1.0,
+        [],
+    )
+    for layer in model.encoder.layers:
+        for residual, branch in (
+            (layer.self_attn_residual, lambda q, layer=layer: layer.self_attn(q, q)),
+            (layer.ffn_residual, layer.feed_forward),
+        ):
+            expected.append(omega)
+            added = alpha * branch(x)
+            x, omega = (
+                residual.norm(omega * x + added),
+                ((omega * x).var(correction=0) + added.var(correction=0)).sqrt(),
+            )
+    assert found == pytest.approx(list(map(float, expected)), rel=1e-5)
+
+
+def test_a_variant_without_its_norm_cannot_be_profiled():
+    @RESIDUAL_RULES.register("admin-without-norm")
+    class WithoutNorm(AdminResidual):
+        def forward(self, x, sublayer):
+            return self.omega * x + sublayer(x)
+
+    with pytest.raises(FairseqError, match=r"WithoutNorm cannot be profiled: it has not called self.norm; end its"):
+        profile(small("admin-without-norm"), batch())
 
 
 def test_what_is_refused(toy_databin, tmp_path, package, capsys):

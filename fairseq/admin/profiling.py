@@ -4,8 +4,9 @@
 
     omega_1 = 1,    omega_{i+1}^2 = Var(omega_i * x_{i-1}) + Var(f_i(x_{i-1}))
 
-Var is the population variance over all elements of the tensor, padding included, dropout of the branch applied. Each
-omega takes effect before the next sub-layer is measured, since it changes what that sub-layer sees.
+Var is the population variance over all elements of the tensor, padding included, dropout of the branch applied. Of a
+variant of Admin, f_i stands for whatever its rule adds to ``omega_i * x_{i-1}`` before its LayerNorm. Each omega takes
+effect before the next sub-layer is measured, since it changes what that sub-layer sees.
 """
 
 from __future__ import annotations
@@ -27,21 +28,27 @@ class _StackProfiler:
 
     def __init__(self, residuals: list[AdminResidual]) -> None:
         self.omegas: list[float] = []
-        self._next_omega = 1.0
-        self._shortcut_variance = 0.0
+        self._next_omega: float | None = 1.0
+        self._shortcut = torch.empty(0)
         self._handles = []
         for residual in residuals:
             self._handles.append(residual.register_forward_pre_hook(self._before))
-            self._handles.append(residual.dropout.register_forward_hook(self._after_branch))
+            self._handles.append(residual.norm.register_forward_pre_hook(self._before_norm))
 
     def _before(self, residual: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(residual, AdminResidual)
+        if self._next_omega is None:
+            raise FairseqError(
+                f"{type(residual).__name__} cannot be profiled: it has not called self.norm; end its forward with "
+                "self.norm(self.omega * x + ...), or give the class measured = False"
+            )
         residual.omega.fill_(self._next_omega)
         self.omegas.append(self._next_omega)
-        self._shortcut_variance = _variance(residual.omega * inputs[0])
+        self._shortcut, self._next_omega = residual.omega * inputs[0], None
 
-    def _after_branch(self, module: nn.Module, inputs: tuple[Any, ...], branch: Tensor) -> None:
-        self._next_omega = math.sqrt(self._shortcut_variance + _variance(branch))
+    def _before_norm(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        branch = inputs[0] - self._shortcut
+        self._next_omega = math.sqrt(_variance(self._shortcut) + _variance(branch))
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -220,11 +220,14 @@ def _batches(
     left_pad_source: bool,
 ) -> Iterator[Batch]:
     """Of ``sentences``, in this order, by ascending length; the rest as ``translate_sentences``'."""
-    while order:
-        most, size = min(batch_size or len(order), len(order)), 1
-        while size < most and (max_tokens is None or len(sentences[order[size]]) * (size + 1) <= max_tokens):
+    start = 0
+    while start < len(order):
+        left, size = len(order) - start, 1
+        most = min(batch_size or left, left)
+        while size < most and (max_tokens is None or len(sentences[order[start + size]]) * (size + 1) <= max_tokens):
             size += 1
-        chosen, order = order[:size], order[size:]
+        chosen = order[start : start + size]
+        start += size
         src_tokens = pad_rows([sentences[i] for i in chosen], left_pad_source)
         yield {
             "id": torch.tensor([numbers[i] for i in chosen]),

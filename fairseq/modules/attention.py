@@ -72,11 +72,13 @@ class MultiheadAttention(nn.Module):
         return self.out_proj(self.inner_norm(context_BHTD.transpose(1, 2).flatten(2)))
 
     def attention_weights(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The attention distribution, averaged over heads: (batch, time, mem), float32. For alignments."""
+        """The attention distribution, averaged over heads: (batch, time, mem), float32. For alignments. mask: as
+        ``attend``'s.
+        """
         q_BHTD = self._split_heads(self.q_proj(query)).float()
         scores_BHTM = q_BHTD @ key.float().transpose(-2, -1) / math.sqrt(q_BHTD.size(-1))
         if mask is not None:
-            scores_BHTM = scores_BHTM.masked_fill(~mask, float("-inf"))
+            scores_BHTM = scores_BHTM.masked_fill(~mask if mask.dtype == torch.bool else mask != 0, -math.inf)
         return torch.softmax(scores_BHTM, dim=-1).mean(dim=1)
 
     def forward(self, query: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:

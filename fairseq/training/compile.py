@@ -6,9 +6,11 @@ kind share the compiled code. Shapes are dynamic. What cannot be compiled runs a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from fairseq.errors import is_out_of_memory
@@ -19,6 +21,9 @@ logger = logging.getLogger("fairseq.train")
 def compile_layers(layers: Iterable[nn.Module]) -> None:
     """Have ``layers`` compiled when they first run; when that fails, log one line and go on without."""
     layers = list(layers)
+    # of backward passes, too, while the forward pass can still go on without
+    with contextlib.suppress(AttributeError):  # older versions have no such setting
+        torch._functorch.config.force_non_lazy_backward_lowering = True
     for layer in layers:
         layer.compile(dynamic=True)
         layer._compiled_call_impl = _Fallback(layer, layers)

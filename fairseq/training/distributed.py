@@ -32,7 +32,7 @@ from fairseq.models.transformer import Transformer
 from fairseq.registry import import_user_dir
 from fairseq.training.heartbeat import LOST_STATUS, Heartbeat, LostProcess, end_process
 from fairseq.training.sharding import shard
-from fairseq.training.signals import STOP_SIGNALS, STOP_STATUSES, exit_status
+from fairseq.training.signals import LONGEST_WAIT, STOP_SIGNALS, STOP_STATUSES, exit_status
 from fairseq.utils.devices import choose_device, choose_dtype
 from fairseq.utils.log_lines import log_to
 
@@ -300,7 +300,7 @@ def _run(
         if args.heartbeat_timeout > 0 and size > 1:
             heartbeat = Heartbeat(_connect(address), where, rank, size, args.heartbeat_timeout, end)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise FairseqError(f"process {rank} of {size} cannot meet the others at {where}: {reason}") from error

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from fairseq.training.distributed import World
 
+LONGEST_WAIT = timedelta(hours=2)  # of processes for one, say while it writes; the heartbeat tells a lost one before
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last as SLURM is told to send before its limit
 
 
@@ -45,7 +47,7 @@ class StopSignals:
                 if signal.getsignal(signum) != signal.SIG_IGN:
                     self._previous[signum] = signal.signal(signum, self._note)
         if self._world.size > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
             self._start()
         return self
 

@@ -37,6 +37,7 @@ GENERATION = [
     ("--prefix-size", 2, "--no-repeat-ngram-size", 2),
     ("--print-alignment", "--min-len", 3, "--unkpen", 1),
     ("--score-reference", "--batch-size", 4),
+    ("--score-reference", "--print-alignment"),
 ]
 
 
