@@ -264,7 +264,9 @@ class TrainingRun:
 
     def _log_epoch(self, epoch: int) -> None:
         self._take_stats()
-        self.log.summary("train", epoch, self._train_stats(self.epoch_stats), self.trainer.num_updates)
+        self.log.summary(
+            "train", epoch, self._train_stats(self.epoch_stats), self.trainer.num_updates, validation=False
+        )
 
     def _count_flops(self, micro_batches: list[Batch | None]) -> None:
         if self.peak_flops is None:

@@ -91,7 +91,7 @@ class Validator:
             if len(values) == 1:
                 best = checkpoints.best
                 stats[f"best_{metric}"] = values[0] if best is None or checkpoints.is_better(values[0]) else best
-            log.summary(name, epoch, stats, num_updates)
+            log.summary(name, epoch, stats, num_updates, validation=True)
         return values[0]
 
     @torch.no_grad()
