@@ -89,6 +89,9 @@ def test_loss_is_the_same_everywhere(trained, measured):
         assert stats["valid_ppl"] == pytest.approx(2**nll, abs=6e-3)
     assert last(directory)["extra_state"]["val_loss"] == pytest.approx(loss, abs=1e-5)
     assert found["valid_num_updates"] == training["valid_num_updates"]
+    for stats, batches in ((found, 7), (training, 3)):  # of 20 sentences: by 3, and as --batch-size-valid says
+        assert stats["valid_bsz"] == pytest.approx(20 / batches, abs=0.06)
+        assert stats["valid_wpb"] == pytest.approx(sums["ntokens"] / batches, abs=0.06)
     assert "epoch" not in found
 
 
@@ -155,6 +158,8 @@ def test_samples_and_subwords(trained, tmp_path, capsys):
     match = re.search(r"example hypothesis: (.*)\nexample reference: (.*)\n", capsys.readouterr().out)
     assert match
     assert "@@" not in match[2].removesuffix("@@")
+    train(databin, tmp_path / "quiet", "--max-update", 1, *flags)
+    assert "example" not in capsys.readouterr().out
 
 
 def test_options_of_validation_do_not_change_training(toy_databin, tmp_path):
