@@ -103,6 +103,16 @@ def test_several_subsets(trained, measured):
     assert stats["train"]["train_loss"] == pytest.approx(sums["loss"] / sums["ntokens"] / math.log(2), abs=6e-4)
 
 
+def test_the_first_subset_decides_what_is_best(toy_databin, tmp_path, monkeypatch):
+    losses = iter((math.nan, 1.0, 3.0, 2.0))
+    monkeypatch.setattr(validation.Validator, "measure", lambda *_: {"loss": next(losses)})
+    flags = ("--max-update", 2, "--validate-interval-updates", 1, "--valid-subset", "valid,test")
+    lines = train(toy_databin, tmp_path, *flags)
+    assert [line["valid_best_loss"] for line in lines if "valid_loss" in line] == ["nan", 3]
+    assert [line.get("test_best_loss") for line in lines if "test_loss" in line] == [None, None]
+    assert load_checkpoint(tmp_path / "checkpoint_best.pt")["extra_state"]["val_loss"] == 3
+
+
 def test_sentence_avg_divides_the_loss_by_sentences(toy_databin, tmp_path):
     lines = train(toy_databin, tmp_path, "--max-update", 1, "--sentence-avg")
     sums = sums_by_hand(toy_databin, tmp_path / LAST, "valid")
