@@ -187,8 +187,8 @@ def test_tensorboard(tmp_path: Path) -> None:
     with TrainLog("none", 1, tensorboard_logdir=str(tmp_path)) as log:
         for update in (1, 2):
             log.summary("valid", 1, {"loss": 9.5 - update}, update, validation=True)
-    events = event_accumulator.EventAccumulator(str(tmp_path / "valid"))
-    events.Reload()
+        events = event_accumulator.EventAccumulator(str(tmp_path / "valid"))
+        events.Reload()  # while training goes on
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 8.5), (2, 7.5)]
 
 

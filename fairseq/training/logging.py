@@ -273,7 +273,6 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar = None
         self._stack.close()
 
     def update(self) -> None:
