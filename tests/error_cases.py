@@ -206,6 +206,7 @@ CASES = {
     "--best-checkpoint-metric": [f"{RUN} --best-checkpoint-metric bleu --maximize-best-checkpoint-metric"],
     "bleu as": [f"{RUN} --maximize-best-checkpoint-metric", f"{RUN} --eval-bleu --best-checkpoint-metric bleu"],
     "--eval-bleu-args: '*'": [f"{RUN} --eval-bleu --eval-bleu-args " + shlex.quote('{"beem": 4}')],
+    "--eval-bleu-args: --": [f"{RUN} --eval-bleu --eval-bleu-args " + shlex.quote('{"beam": 0}')],
     "--eval-bleu-args: *;": [
         f"{RUN} --eval-bleu --eval-bleu-args " + shlex.quote(text)
         for text in ('{"beam": "four"}', '{"beam": null}', '{"lenpen": {}}', '{"temperature": NaN}', '{"beam": 1.5}')

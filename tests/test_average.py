@@ -96,7 +96,9 @@ def test_float16_becomes_float32_and_sums_are_exact(tmp_path):
     for i, value in enumerate((2048.0, 1.0, 1.0)):  # 2048 + 1 is 2048 in float16
         model = {"w": torch.tensor([value], dtype=torch.float16), "steps": torch.tensor([7 + i])}
         torch.save({"args": Namespace(arch="x"), "model": model}, tmp_path / f"{i}.pt")
-    found = average_checkpoints([tmp_path / f"{i}.pt" for i in range(3)])["model"]
+    averaged = average_checkpoints([tmp_path / f"{i}.pt" for i in range(3)])
+    assert averaged["extra_state"] == {"train_iterator": {"epoch": 1}}  # fairseq looks for it
+    found = averaged["model"]
     assert found["w"].dtype == torch.float32  # as fairseq's script makes it
     assert found["w"].item() == torch.tensor(2050 / 3).item()
     assert found["steps"].tolist() == [7]

@@ -314,6 +314,30 @@ def test_what_is_due_when_a_signal_comes_is_done_by_the_run_that_continues(toy_d
             assert one["extra_state"][key] == other["extra_state"][key], (name, key)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "the same command continues"),
+        (("--no-save-optimizer-state",), "the same command with --reset-optimizer continues"),
+        (
+            ("--restore-file", "first.pt", "--reset-optimizer", "--reset-meters"),
+            "the same command without --reset-meters, --reset-optimizer, --restore-file continues",
+        ),
+        (
+            ("--no-save-optimizer-state", "--reset-optimizer", "--reset-dataloader"),
+            "the same command without --reset-dataloader continues",
+        ),
+        (("--no-save",), "nothing was saved, as the flags say"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_the_command_that_continues_is_told(toy_databin, tmp_path, monkeypatch, caplog, flags, said):
+    monkeypatch.setattr(Validator, "validate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or 1.0)
+    with pytest.raises(SystemExit):
+        train(toy_databin, tmp_path, "--max-update", 2, "--validate-interval-updates", 1, *flags)
+    assert caplog.messages[-1] == f"stopped after 2 updates: SIGTERM; {said}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["torchrun", "one rank"])
 def test_signal_under_torchrun(toy_databin, tmp_path, to):

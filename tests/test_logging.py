@@ -104,8 +104,9 @@ def test_simple_lines(caplog: pytest.LogCaptureFixture) -> None:
             for _ in range(100):
                 progress.update()
             progress.log(STATS, 100)
-        log.summary("train", 1, STATS, 100)
-        log.summary("valid", 1, {"loss": 8.6, "bleu": 20.123, "best_loss": 8.5}, 100)
+        log.summary("train", 1, STATS, 100, validation=False)
+        log.summary("valid", 1, {"loss": 8.6, "bleu": 20.123, "best_loss": 8.5}, 100, validation=True)
+        log.summary("train", 1, {"loss": 8.6}, 100, validation=True)  # --valid-subset valid,train
     assert [(r.name, r.message) for r in caplog.records] == [
         ("train_inner", f"epoch 001:    100 / 1131 {LINE}"),
         ("train", f"epoch 001 | {PIPES}"),
@@ -113,6 +114,7 @@ def test_simple_lines(caplog: pytest.LogCaptureFixture) -> None:
             "valid",
             "epoch 001 | valid on 'valid' subset | loss 8.6 | bleu 20.12 | num_updates 100 | best_loss 8.5",
         ),
+        ("train", "epoch 001 | valid on 'train' subset | loss 8.6 | num_updates 100"),
     ]
 
 
@@ -122,8 +124,8 @@ def test_json_lines(caplog: pytest.LogCaptureFixture) -> None:
             for _ in range(4):
                 progress.update()
             progress.log(STATS | {"ppl": math.inf}, 500)
-        log.summary("train", 2, {"loss": 9.5}, 800)
-        log.summary("valid", 2, {"loss": 8.5}, 800)
+        log.summary("train", 2, {"loss": 9.5}, 800, validation=False)
+        log.summary("valid", 2, {"loss": 8.5}, 800, validation=True)
     inner, train, valid = (json.loads(record.message) for record in caplog.records)
     assert list(inner)[:3] == ["epoch", "update", "loss"]
     assert (inner["epoch"], inner["update"], inner["loss"], inner["lr"]) == (2, 1.25, 9.9, 1e-05)
@@ -152,7 +154,7 @@ def test_log_file_gets_each_line_once(tmp_path: Path) -> None:
     path = tmp_path / "train.log"
     for log_format in ("simple", "none"):
         with TrainLog(log_format, log_file=str(path)) as log:
-            log.summary("train", 1, {"loss": 9.5}, 8)
+            log.summary("train", 1, {"loss": 9.5}, 8, validation=False)
     assert [line.split(" | ", 1)[1] for line in path.read_text().splitlines()] == [
         "INFO | train | epoch 001 | loss 9.5 | num_updates 8"
     ] * 2
@@ -167,7 +169,7 @@ def test_none_and_other_processes_are_silent(caplog: pytest.LogCaptureFixture, t
             assert log.is_due(1)  # every process must come to the same decision
             progress.update()
             progress.log(STATS, 1)
-            log.summary("train", 1, STATS, 1)
+            log.summary("train", 1, STATS, 1, validation=False)
     assert not caplog.records and not list(tmp_path.iterdir())
 
 
@@ -184,9 +186,9 @@ def test_tensorboard(tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with TrainLog("none", 1, tensorboard_logdir=str(tmp_path)) as log:
         for update in (1, 2):
-            log.summary("valid", 1, {"loss": 9.5 - update}, update)
-    events = event_accumulator.EventAccumulator(str(tmp_path / "valid"))
-    events.Reload()
+            log.summary("valid", 1, {"loss": 9.5 - update}, update, validation=True)
+        events = event_accumulator.EventAccumulator(str(tmp_path / "valid"))
+        events.Reload()  # while training goes on
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 8.5), (2, 7.5)]
 
 
@@ -203,7 +205,7 @@ def test_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     vars(fake).update(init=init, Error=RuntimeError)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with TrainLog("none", 1, wandb_project="nmt", config={"lr": 1}) as log:
-        log.summary("valid", 1, {"loss": 9.5}, 7)
+        log.summary("valid", 1, {"loss": 9.5}, 7, validation=True)
     assert calls == [
         {"project": "nmt", "config": {"lr": 1}},
         ({"valid/loss": 9.5, "valid/num_updates": 7}, 7),

@@ -242,7 +242,7 @@ def test_missing_limit_and_missing_data(capsys):
         (("--max-target-positions", "6"), "--skip-invalid-size-inputs-valid-test"),
         (("--max-source-positions", "1", "--skip-invalid-size-inputs-valid-test"), "--max-source-positions 1"),
         (("--eval-bleu", "--eval-bleu-args", '{"beem": 4}'), "beem"),
-        (("--eval-bleu", "--eval-bleu-args", '{"beam": 0}'), "beam"),
+        (("--eval-bleu", "--eval-bleu-args", '{"beam": 999}'), "--eval-bleu-args: --beam 999: the target dictionary"),
         (("--user-dir", "nowhere"), "--user-dir nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -89,6 +89,9 @@ def test_loss_is_the_same_everywhere(trained, measured):
         assert stats["valid_ppl"] == pytest.approx(2**nll, abs=6e-3)
     assert last(directory)["extra_state"]["val_loss"] == pytest.approx(loss, abs=1e-5)
     assert found["valid_num_updates"] == training["valid_num_updates"]
+    for stats, batches in ((found, 7), (training, 3)):  # of 20 sentences: by 3, and as --batch-size-valid says
+        assert stats["valid_bsz"] == pytest.approx(20 / batches, abs=0.06)
+        assert stats["valid_wpb"] == pytest.approx(sums["ntokens"] / batches, abs=0.06)
     assert "epoch" not in found
 
 
@@ -98,6 +101,16 @@ def test_several_subsets(trained, measured):
     assert list(stats) == ["train", "valid"]
     sums = sums_by_hand(databin, directory / LAST, "train")
     assert stats["train"]["train_loss"] == pytest.approx(sums["loss"] / sums["ntokens"] / math.log(2), abs=6e-4)
+
+
+def test_the_first_subset_decides_what_is_best(toy_databin, tmp_path, monkeypatch):
+    losses = iter((math.nan, 1.0, 3.0, 2.0))
+    monkeypatch.setattr(validation.Validator, "measure", lambda *_: {"loss": next(losses)})
+    flags = ("--max-update", 2, "--validate-interval-updates", 1, "--valid-subset", "valid,test")
+    lines = train(toy_databin, tmp_path, *flags)
+    assert [line["valid_best_loss"] for line in lines if "valid_loss" in line] == ["nan", 3]
+    assert [line.get("test_best_loss") for line in lines if "test_loss" in line] == [None, None]
+    assert load_checkpoint(tmp_path / "checkpoint_best.pt")["extra_state"]["val_loss"] == 3
 
 
 def test_sentence_avg_divides_the_loss_by_sentences(toy_databin, tmp_path):
@@ -155,6 +168,8 @@ def test_samples_and_subwords(trained, tmp_path, capsys):
     match = re.search(r"example hypothesis: (.*)\nexample reference: (.*)\n", capsys.readouterr().out)
     assert match
     assert "@@" not in match[2].removesuffix("@@")
+    train(databin, tmp_path / "quiet", "--max-update", 1, *flags)
+    assert "example" not in capsys.readouterr().out
 
 
 def test_options_of_validation_do_not_change_training(toy_databin, tmp_path):

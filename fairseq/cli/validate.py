@@ -50,7 +50,7 @@ def _main(argv: list[str] | None = None) -> None:
             log_interval=args.log_interval,
             log=logger,
         )
-        log.summary(subset, None, validator.measure(subset, watch), updates_of(state))
+        log.summary(subset, None, validator.measure(subset, watch), updates_of(state), validation=True)
 
 
 def _check(args: Namespace) -> None:

@@ -201,20 +201,21 @@ class TrainLog:
         """Whether a log interval ends with this update, epochs aside: the time to call `Progress.log`."""
         return num_updates % self.log_interval == 0
 
-    def progress(self, epoch: int, total: int, start: int = 0, subset: str | None = None) -> Progress:
-        """Progress through one epoch of ``total`` updates from ``start`` on, or through a validation subset."""
-        return Progress(self, epoch, total, start, subset)
+    def progress(self, epoch: int, total: int, start: int = 0) -> Progress:
+        """Progress through one epoch of ``total`` updates from ``start`` on."""
+        return Progress(self, epoch, total, start)
 
-    def summary(self, tag: str, epoch: int | None, stats: Stats, num_updates: int) -> None:
-        """Log the statistics of a whole epoch. tag: ``train``, or the name of the validation subset. epoch: None when
-        a trained model is measured.
+    def summary(self, tag: str, epoch: int | None, stats: Stats, num_updates: int, *, validation: bool) -> None:
+        """Log the statistics of a whole epoch. tag: ``train``, or with ``validation`` the name of the subset, which
+        may be that of the training data. epoch: None when a trained model is measured.
         """
         stats = {**stats, "num_updates": num_updates}
         if self.log_format == "json":
             values = {f"{tag}_{name}": value for name, value in _numbers(stats).items()}
             line = json.dumps(values if epoch is None else {"epoch": epoch} | values)
         else:
-            parts = [_header(epoch, None if tag == "train" and epoch is not None else tag)]
+            parts = [] if epoch is None else [f"epoch {epoch:03d}"]
+            parts += [f"valid on '{tag}' subset"] * validation
             line = " | ".join(parts + [f"{name} {text}" for name, text in format_stats(stats).items()])
         self._emit(tag, line, console=self.log_format != "none")
         self._record(tag, stats, num_updates)
@@ -256,11 +257,10 @@ class TrainLog:
 class Progress:
     """Progress through an epoch: a bar on a terminal, or lines. A context manager."""
 
-    def __init__(self, log: TrainLog, epoch: int, total: int, start: int, subset: str | None) -> None:
+    def __init__(self, log: TrainLog, epoch: int, total: int, start: int) -> None:
         self._log = log
         self._epoch, self._total, self._done = epoch, total, start
-        self._header = _header(epoch, subset)
-        self._tag = subset or "train_inner"
+        self._header = f"epoch {epoch:03d}"
         self._stack = contextlib.ExitStack()
         self._bar: tqdm[Any] | None = None
 
@@ -273,7 +273,6 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar = None
         self._stack.close()
 
     def update(self) -> None:
@@ -295,13 +294,8 @@ class Progress:
         if self._bar is not None:
             shown = format_stats({name: stats[name] for name in _BAR_STATS if name in stats})
             self._bar.set_postfix_str(", ".join(f"{name}={text}" for name, text in shown.items()))
-        log._emit(self._tag, line, console=log.log_format in ("simple", "json"))
-        log._record(self._tag, stats, num_updates)
-
-
-def _header(epoch: int | None, subset: str | None) -> str:
-    parts = [] if epoch is None else [f"epoch {epoch:03d}"]
-    return " | ".join(parts if subset is None else [*parts, f"valid on '{subset}' subset"])
+        log._emit("train_inner", line, console=log.log_format in ("simple", "json"))
+        log._record("train_inner", stats, num_updates)
 
 
 def _open_log_file(path: str) -> logging.Handler:

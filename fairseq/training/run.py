@@ -47,6 +47,8 @@ from fairseq.utils.memory import peak_memory
 
 logger = logging.getLogger("fairseq.train")
 
+_RESETS = ("reset_dataloader", "reset_lr_scheduler", "reset_meters", "reset_optimizer")
+
 
 def _with_own_settings(args: Namespace, stored: dict[str, Any], model: Transformer, path: Path | None) -> Transformer:
     """``model``, made anew where a checkpoint's settings of the init type's own, in ``stored``, are to be taken over.
@@ -264,7 +266,9 @@ class TrainingRun:
 
     def _log_epoch(self, epoch: int) -> None:
         self._take_stats()
-        self.log.summary("train", epoch, self._train_stats(self.epoch_stats), self.trainer.num_updates)
+        self.log.summary(
+            "train", epoch, self._train_stats(self.epoch_stats), self.trainer.num_updates, validation=False
+        )
 
     def _count_flops(self, micro_batches: list[Batch | None]) -> None:
         if self.peak_flops is None:
@@ -354,8 +358,18 @@ class TrainingRun:
         if self.world.is_master:
             saved = self.checkpoints.save_last(state, epoch, self.trainer.num_updates)
         self.world.barrier()
-        what = "the same command continues" if saved else "nothing was saved, as the flags say"
+        what = self._how_to_continue() if saved else "nothing was saved, as the flags say"
         return f"{signal.Signals(signum).name}; {what}"
+
+    def _how_to_continue(self) -> str:
+        """In words: which flags of this run would start from another place than the checkpoint just saved."""
+        args = self.args
+        resets = {f"--{name.replace('_', '-')}" for name in _RESETS if getattr(args, name)}
+        needed = {"--reset-optimizer"} if args.no_save_optimizer_state else set()
+        left_out = sorted(resets - needed) + ["--restore-file"] * (args.restore_file != LAST)
+        changes = [f" without {', '.join(left_out)}"] * bool(left_out)
+        changes += [" with --reset-optimizer"] * bool(needed - resets)
+        return f"the same command{' and'.join(changes)} continues"
 
     def _gathered_state(self, value: float | None) -> Callable[[], dict[str, Any]]:
         """What makes the checkpoint's dict. All processes call this: what is sharded is gathered here."""

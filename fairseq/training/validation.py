@@ -72,7 +72,7 @@ class Validator:
                 shard_id=world.rank,
             )
         if args.eval_bleu:
-            self._generation = generation_config(args.eval_bleu_args or {})
+            self._generation = generation_config(args.eval_bleu_args or {}, len(data.tgt_dict))
             tokenizer = "moses" if args.eval_bleu_detok == "moses" else None
             pipeline = make_text_pipeline(tokenizer, None, source_lang=data.source_lang, target_lang=data.target_lang)
             self._dictionary, self._decode = data.tgt_dict, pipeline.decode
@@ -91,7 +91,7 @@ class Validator:
             if len(values) == 1:
                 best = checkpoints.best
                 stats[f"best_{metric}"] = values[0] if best is None or checkpoints.is_better(values[0]) else best
-            log.summary(name, epoch, stats, num_updates)
+            log.summary(name, epoch, stats, num_updates, validation=True)
         return values[0]
 
     @torch.no_grad()
@@ -167,8 +167,11 @@ class Validator:
         return scorer.score()
 
 
-def generation_config(settings: dict[str, Any]) -> GenerationConfig:
-    """The search of ``--eval-bleu-args``. Raises FairseqError for what is no setting, or not a value of one."""
+def generation_config(settings: dict[str, Any], vocab: int) -> GenerationConfig:
+    """The search of ``--eval-bleu-args``. Raises FairseqError for what is no setting, or not a value of one.
+
+    vocab: the size of the target dictionary.
+    """
     known = {field.name for field in fields(GenerationConfig)}
     unknown = sorted(settings.keys() - known)
     if unknown:
@@ -177,5 +180,8 @@ def generation_config(settings: dict[str, Any]) -> GenerationConfig:
         cfg = GenerationConfig(**{name: parse_value(GenerationConfig, name, value) for name, value in settings.items()})
     except ValueError as error:
         raise FairseqError(f'--eval-bleu-args: {error}; values look like {{"beam": 4, "lenpen": 0.6}}') from None
-    check_generation_config(cfg)
+    try:
+        check_generation_config(cfg, vocab)  # now rather than at the first validation
+    except FairseqError as error:
+        raise FairseqError(f"--eval-bleu-args: {error}") from None
     return cfg

@@ -411,7 +411,7 @@ def _check_json_flags(folder: Path, data: bytes) -> None:
         assert error.code == 2
         raise FairseqError("a usage error") from None
     with contextlib.suppress(FairseqError):
-        search = generation_config(args.eval_bleu_args)
+        search = generation_config(args.eval_bleu_args, _model().decoder.embed_tokens.num_embeddings)
         search.max_len_a, search.max_len_b = min(search.max_len_a, 1.0), min(search.max_len_b, 2)
         translate_ids([_model()], [torch.tensor([4, 5, 2])], search)
     state = {"args": _model().cfg.flat(), "model": to_fairseq(_model().state_dict())}
