@@ -172,6 +172,15 @@ def load_parameters(model: Transformer, parameters: dict[str, Tensor], path: str
                 f"checkpoint {path} does not fit the model: {name} is {tuple(parameters[name].shape)} in the file "
                 f"and {tuple(tensor.shape)} in the model; {remedy}"
             )
+    first: dict[int, str] = {}  # of the names that share a parameter
+    for name, tensor in own.items():
+        shared = first.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        one, other = parameters[shared], parameters[name]
+        if one.data_ptr() != other.data_ptr() and not torch.equal(one, other):  # one of them would be lost
+            raise FairseqError(
+                f"checkpoint {path} does not fit the model, which shares {shared} and {name}: they differ in the file; "
+                f"{remedy}"
+            )
     model.load_state_dict(parameters)
 
 

@@ -296,7 +296,22 @@ def test_restore_file_that_is_not_there(toy_databin, tmp_path, capsys, caplog):
     assert "--restore-file x.pt: no such file; training from scratch" in caplog.messages
     before = (tmp_path / "x" / LAST).read_bytes()
     assert_fails(capsys, 1, f"would overwrite {tmp_path}/x/{LAST}", *command_line(toy_databin, tmp_path / "x", *flags))
+    flags = ("--restore-file", "checkpoint_best.pt", "--max-update", 2)
+    best = tmp_path / "x" / "checkpoint_best.pt"
+    assert_fails(capsys, 1, f"is it --restore-file {best}?", *command_line(toy_databin, tmp_path / "x", *flags))
     assert (tmp_path / "x" / LAST).read_bytes() == before
+
+
+def test_embeddings_that_differ_are_not_loaded_into_shared_ones(toy_databin, tmp_path, capsys):
+    """One of the two would be lost; those of a model that shares them go into one that does not."""
+    flags = ("--max-update", 1, "--reset-optimizer")
+    share = "--share-decoder-input-output-embed"
+    train(toy_databin, tmp_path / "apart", "--max-update", 1)
+    train(toy_databin, tmp_path / "shared", "--max-update", 1, share)
+    message = "shares decoder.embed_tokens.weight and decoder.output_projection.weight: they differ"
+    apart = command_line(toy_databin, tmp_path / "new", *flags, share, "--restore-file", tmp_path / "apart" / LAST)
+    assert_fails(capsys, 1, message, *apart)
+    assert updates(train(toy_databin, tmp_path / "new", *flags, "--restore-file", tmp_path / "shared" / LAST))
 
 
 def test_checkpoint_that_does_not_fit(toy_databin, tmp_path, capsys):

@@ -168,9 +168,12 @@ class CheckpointManager:
             return path, False
         if cfg.restore_file != LAST:
             if (self.directory / LAST).exists():
+                below = self.directory / cfg.restore_file  # the path is taken from the working directory, as in fairseq
+                named = f"; is it --restore-file {below}?" if below.is_file() else ""
                 raise FairseqError(
                     f"--restore-file {cfg.restore_file}: no such file, and training from scratch would overwrite "
                     f"{self.directory / LAST}; leave the flag out to continue from that, or take another --save-dir"
+                    f"{named}"
                 )
             logger.warning(f"--restore-file {cfg.restore_file}: no such file; training from scratch")
             return None, False
