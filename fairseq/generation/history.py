@@ -89,14 +89,16 @@ class History:
         """All that ended, in their order, each with its sentence's number; and what lies behind ``live`` rows, which
         are those of the step to come.
         """
-        ended = [(n, e.cpu().numpy(), s.cpu().numpy(), r.cpu().numpy()) for n, e, s, r in self._ended]
-        places = [ends.nonzero() for _, ends, _, _ in ended]
-        steps = len(ended)
+        steps, more = len(self._ended), len(self._went_on)
+        places = [ends.nonzero() for ends in _on_cpu([ends for _, ends, _, _ in self._ended])]
+        scores = _on_cpu([scores for _, _, scores, _ in self._ended] + [scores for scores, _, _ in self._went_on])
+        ids = [rows for _, _, _, rows in self._ended] + [tokens for _, tokens, _ in self._went_on]
+        numbers = _on_cpu(ids + [rows for _, _, rows in self._went_on])
         ends_at = np.repeat(np.arange(1, steps + 1), [len(columns) for _, columns in places])[::-1]
         total = live + len(ends_at)
         tokens = np.full((total, steps), EOS)
         sums = np.zeros((total, steps), np.float32)
-        attention = [x.cpu().float() for x in self._attention]
+        attention = [torch.from_numpy(x) for x in _on_cpu([x.float() for x in self._attention])]
         attn = torch.zeros(total, attention[0].size(1), steps) if attention else None
         owners: list[int] = []
         rows: np.ndarray = np.arange(live)
@@ -104,14 +106,14 @@ class History:
         for step in reversed(range(steps)):
             count = len(rows)
             if count:
-                scores, words, before = (x.flatten().cpu().numpy() for x in self._went_on[step])
-                tokens[:count, step], sums[:count, step] = words[rows], scores[rows]
-                rows = before[rows]
-            (sentences, _, scores, before), (i, j) = ended[step], places[step]
+                tokens[:count, step] = numbers[steps + step].ravel()[rows]
+                sums[:count, step] = scores[steps + step].ravel()[rows]
+                rows = numbers[steps + more + step].ravel()[rows]
+            sentences, (i, j) = self._ended[step][0], places[step]
             i, j = i[::-1], j[::-1]
             owners += [sentences[k] for k in i]
-            sums[count : live + len(owners), step] = scores[i, j]
-            rows = np.concatenate([rows, before[i, j]])
+            sums[count : live + len(owners), step] = scores[step][i, j]
+            rows = np.concatenate([rows, numbers[step][i, j]])
             if attn is not None:
                 attn[: len(rows), :, step] = attention[step][torch.from_numpy(rows)]
         first = np.zeros(total, np.int64)
@@ -131,6 +133,12 @@ class History:
             found = None
             if attn is not None and self.padding is not None:
                 found = attn[live + k, ~self.padding[owners[k]], :end]
-            ids = torch.from_numpy(tokens[live + k, start:end])
-            results.append((owners[k], Hypothesis(ids, score, positional[k, start:end], found)))
+            words = torch.from_numpy(tokens[live + k, start:end])
+            results.append((owners[k], Hypothesis(words, score, positional[k, start:end], found)))
         return results, past
+
+
+def _on_cpu(parts: Sequence[Tensor]) -> list[np.ndarray]:
+    """Each of these, of one dtype and alike but in their first dimension; by one copy, for which the host waits."""
+    ends = np.cumsum([len(part) for part in parts])
+    return np.split(torch.cat(list(parts)).cpu().numpy(), ends[:-1]) if parts else []
