@@ -84,7 +84,7 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """`fairseq.training.capture.Recorder`. failures: raised by the next recordings, one each."""
+    """`fairseq.utils.cuda_graphs.Recorder`. failures: raised by the next recordings, one each."""
 
     def __init__(self) -> None:
         self.recorded = self.repeated = self.given_up = 0

@@ -21,9 +21,9 @@ import contextlib
 import logging
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from torch import Tensor
 from fairseq.data.translation import Batch
 from fairseq.errors import is_out_of_memory
 from fairseq.optim.optimizers import Adam
+from fairseq.utils.cuda_graphs import CudaRecorder, Recorder
 
 if TYPE_CHECKING:
     from fairseq.training.distributed import World
@@ -41,55 +42,6 @@ logger = logging.getLogger("fairseq.train")
 MOST_GRAPHS = 128  # further shapes run without
 TOLERANCE = 0.02  # between what a graph computes and what it was recorded from, relative: bf16's sums in another order
 Shape = tuple[int, ...]
-
-
-class Recorder(Protocol):
-    """What records device work and repeats it; in tests also something that does so on the CPU."""
-
-    def on_stream(self) -> contextlib.AbstractContextManager[None]:
-        """Where updates run, those that are not recorded included."""
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What repeats ``work``, which is not executed. ``work`` reads nothing back from the device."""
-
-    def give_up(self) -> None:
-        """Call when `record` has failed and nothing that it has recorded is used again."""
-
-
-class CudaRecorder:
-    """`Recorder` of CUDA graphs."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    @contextlib.contextmanager
-    def on_stream(self) -> Iterator[None]:
-        """A stream of our own: the default one cannot be recorded, nor can a backward pass that ran there before."""
-        outer = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(outer)
-        with torch.cuda.stream(self._stream):
-            yield
-        outer.wait_stream(self._stream)
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """See `Recorder`. Raises what ``work`` does, and RuntimeError for what cannot be recorded."""
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: the thread that pins batches may go on
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
-
-    def give_up(self) -> None:
-        """See `Recorder`."""
-        # An invalid recording leaves allocator and generator as if it went on: the one would not empty its cache
-        old = "_cuda_endAllocateCurrentStreamToPool"  # its name in torch 2.6
-        end = getattr(torch._C, old if hasattr(torch._C, old) else "_cuda_endAllocateToPool")
-        with contextlib.suppress(RuntimeError):  # where it has ended all the same
-            end(self._device.index or 0, self._pool)
-        generator = torch.cuda.default_generators[self._device.index or 0]
-        generator.graphsafe_set_state(generator.clone_state())
 
 
 def with_graphs(trainer: Trainer) -> UpdateGraphs | None:
