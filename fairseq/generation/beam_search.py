@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ from fairseq.models.transformer import Transformer
 from fairseq.modules.decoder_cache import DecoderCache
 from fairseq.options import GenerationConfig
 from fairseq.utils.symbols import EOS, PAD
+
+if TYPE_CHECKING:
+    from fairseq.generation.capture import SearchGraphs
 
 CHUNK = 2**23  # logits at a time on a CPU: a wide beam takes no more memory
 CHUNK_GPU = 2**28
@@ -136,6 +140,7 @@ class SearchBatch:
         self.history = History(cfg, padding)
         self.can_wait = not (cfg.sampling or cfg.no_repeat_ngram_size or need_attn)  # what has more state does not
         self.src_len = src_tokens.size(1)
+        self.places = 0  # of sentences, in the buffers of ``SearchGraphs`` that it was in; 0: in none yet
 
     @staticmethod
     def merge(batches: Sequence[SearchBatch]) -> SearchBatch:
@@ -159,15 +164,23 @@ class SearchBatch:
         )
         merged.prefix_tokens = None
         merged.src_len = max(batch.src_len for batch in batches)
+        merged.places = 0
         return merged
 
-    def run(self, until: int, check: Callable[[], None]) -> list[tuple[int, Hypothesis]]:
-        """Go on until at most so many sentences are left, where they ``can_wait``; returns what has ended."""
+    def run(
+        self, until: int, check: Callable[[], None], graphs: SearchGraphs | None = None
+    ) -> list[tuple[int, Hypothesis]]:
+        """Go on until at most so many sentences are left, where they ``can_wait``; returns what has ended.
+
+        graphs: do the steps that they can.
+        """
         every = check_interval(self.device)
         prefix_len = 0 if self.prefix_tokens is None else self.prefix_tokens.size(1)
         while self.sentences and self.step < self.steps:
             if self.can_wait and self.step >= max(prefix_len, 1) and len(self.sentences) <= until:
                 break
+            if graphs is not None and graphs.run(self, until, check):
+                continue
             if self.step % every == 0:
                 check()
             scores, tokens, rows, attn = self.candidates(self.step)
@@ -176,8 +189,7 @@ class SearchBatch:
             keep = None
             if self.step % every == every - 1:
                 # at its longest output a sentence has no live row: </s> was forced
-                done = (self.counts >= self.cfg.beam) | ~choice.scores.isfinite().any(1)
-                keep = _fill_holes(done.tolist())
+                keep = still_going(self.counts, choice.scores)
             self.step += 1
             if keep == []:
                 self.sentences = []
@@ -253,10 +265,14 @@ class SearchBatch:
         return scores, tokens, rows
 
 
-def _fill_holes(done: list[bool]) -> list[int] | None:
+def still_going(counts: Tensor, scores: Tensor) -> list[int] | None:
     """The sentences to go on with where some are done: the last of them take the others' places, so that most stay
     where they are. None when all go on.
+
+    counts: (sentences,), hypotheses that have ended. scores: (sentences, beam), of those to go on with.
     """
+    beam = scores.size(1)
+    done = ((counts >= beam) | ~scores.isfinite().any(1)).tolist()
     going_on = [i for i, is_done in enumerate(done) if not is_done]
     if len(going_on) == len(done):
         return None

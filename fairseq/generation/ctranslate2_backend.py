@@ -38,7 +38,8 @@ from fairseq.options import DataConfig, GenerationConfig, ReferenceConfig, secti
 from fairseq.utils.extras import require
 from fairseq.utils.symbols import EOS, PAD
 
-_MISSING = ("max_len_a", "unkpen", "match_source_len", "sampling", "temperature")  # from CTranslate2's beam search
+# from CTranslate2's beam search
+_MISSING = ("max_len_a", "unkpen", "match_source_len", "sampling", "temperature", "cuda_graphs")
 _SIDES = ("source", "target")
 _CONFIG: dict[str, tuple[str | bool | None, ...]] = {  # what config.json says, one of these
     "add_source_bos": (False,),

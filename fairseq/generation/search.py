@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fairseq.errors import FairseqError
 from fairseq.generation.beam_search import SearchBatch, Sources
+from fairseq.generation.capture import SearchGraphs, search_graphs
 from fairseq.generation.constraints import check_generation_config
 from fairseq.generation.history import Hypothesis
 from fairseq.models.transformer import Transformer
@@ -43,8 +44,10 @@ class _Search:
         seed: int,
         need_attn: bool,
         check: Callable[[], None],
+        graphs: SearchGraphs | None,
     ) -> None:
         self.models, self.cfg, self.seed, self.need_attn, self.check = models, cfg, seed, need_attn, check
+        self.graphs = graphs
         self.unfinished: deque[tuple[int, range, Sources]] = deque()
         self.results: dict[int, list[Hypothesis]] = {}  # of the unfinished batches' sentences
         self.waiting: list[SearchBatch] = []
@@ -86,7 +89,7 @@ class _Search:
             self._run(batch, until)
 
     def _run(self, batch: SearchBatch, until: int) -> None:
-        for sentence, hypothesis in batch.run(until, self.check):
+        for sentence, hypothesis in batch.run(until, self.check, self.graphs):
             self.results[sentence].append(hypothesis)
         if batch.sentences:
             self.waiting.append(SearchBatch.merge([batch]))  # a copy of what is needed of it
@@ -140,18 +143,19 @@ def search_batches(
         most = (ROWS, MOST_TOKENS // threads) if threads > 1 else (MOST_ROWS, ALL)
     parts = chain.from_iterable(_parts(sources, most[0] // cfg.beam, most[1], counts) for sources in batches)
     first = list(islice(parts, threads))  # what there is to do decides how many threads do it
-    searches = [_Search(models, cfg, seed, need_attn, stop_or_check) for _ in range(max(1, len(first)))]
     numbered = enumerate(chain(first, parts))
     done: dict[int, Found] = {}
     start = 0
-    for number, found in (
-        _in_turn(searches[0], numbered) if len(searches) == 1 else _in_threads(searches, numbered, stop)
-    ):
-        done[number] = found
-        while counts and all(i in done for i in range(start, start + counts[0])):
-            end = start + counts.popleft()
-            yield [hypotheses for i in range(start, end) for hypotheses in done.pop(i)]
-            start = end
+    with search_graphs(models, cfg, need_attn) as graphs:
+        searches = [_Search(models, cfg, seed, need_attn, stop_or_check, graphs) for _ in range(max(1, len(first)))]
+        for number, found in (
+            _in_turn(searches[0], numbered) if len(searches) == 1 else _in_threads(searches, numbered, stop)
+        ):
+            done[number] = found
+            while counts and all(i in done for i in range(start, start + counts[0])):
+                end = start + counts.popleft()
+                yield [hypotheses for i in range(start, end) for hypotheses in done.pop(i)]
+                start = end
 
 
 def _parts(sources: Sources, most_sentences: int, most_tokens: int, counts: deque[int]) -> list[Sources]:

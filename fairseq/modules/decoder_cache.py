@@ -47,15 +47,19 @@ class DecoderCache:
     def self_attention(self, layer: int, attn: MultiheadAttention, x: Tensor) -> Tensor:
         """x: (rows, dim), what one step's tokens attend with -> same shape. Their keys and values are kept."""
         by_head = x.size(0), attn.num_heads, -1
-        key, value = attn.k_proj(x).view(by_head), attn.v_proj(x).view(by_head)
-        keys, values = self._move(layer, key)
-        keys.select(2, self.length).copy_(key)
-        values.select(2, self.length).copy_(value)
-        self.self_kv[layer] = keys, values
+        keys, values = self._keep(layer, attn.k_proj(x).view(by_head), attn.v_proj(x).view(by_head))
         if self._bias is None:
             self._bias = self._self_bias(keys)
         context = attend(attn.q_proj(x).view(by_head).unsqueeze(2), keys, values, self._bias)
         return attn.out_proj(attn.inner_norm(context.view_as(x)))
+
+    def _keep(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values so far, with those of this step's tokens, (rows, heads, head_dim) each."""
+        keys, values = self._move(layer, key)
+        keys.select(2, self.length).copy_(key)
+        values.select(2, self.length).copy_(value)
+        self.self_kv[layer] = keys, values
+        return keys, values
 
     def _self_bias(self, keys: Tensor) -> Tensor:
         bias = keys.new_full((keys.size(2),), -math.inf)
@@ -129,6 +133,16 @@ class DecoderCache:
         self.encoder_kv = [(keep(keys), keep(values)) for keys, values in self.encoder_kv]
         self.encoder_mask, self.encoder_bias = keep(self.encoder_mask), keep(self.encoder_bias)
         self.unused = None if self.unused is None else keep(self.unused)
+
+    def clear(self) -> None:
+        """Forget the tokens' keys and values, which are elsewhere now."""
+        self.self_kv = [None] * len(self.self_kv)
+        self._rows = None
+
+    def settle(self) -> None:
+        """Move now the rows that ``select`` has named, not in the next step."""
+        self.self_kv = [self._move(i, keys) for i, (keys, _) in enumerate(self.encoder_kv)]
+        self._rows = None
 
     @staticmethod
     def merge(caches: Sequence[DecoderCache]) -> DecoderCache:

@@ -37,6 +37,9 @@ class GenerationConfig:
     replace_unk: str | None = flag(
         None, "replace <unk> by the source word it attends to, translated if in this file", metavar="FILE", const=""
     )
+    cuda_graphs: bool = flag(
+        False, "record the steps of the search as CUDA graphs and repeat those: on one GPU; not yet tried on a GPU"
+    )
 
 
 @dataclass

@@ -38,6 +38,7 @@ GENERATION = [
     ("--print-alignment", "--min-len", 3, "--unkpen", 1),
     ("--score-reference", "--batch-size", 4),
     ("--score-reference", "--print-alignment"),
+    ("--cuda-graphs", "--nbest", 2, "--max-len-b", 20, "--batch-size", 5),
 ]
 
 
@@ -76,7 +77,7 @@ def _lines(capsys, *argv):
 
 
 @pytest.mark.parametrize("flags", GENERATION, ids=lambda flags: " ".join(map(str, flags)))
-def test_generation_is_the_cpus(toy, capsys, flags):
+def test_generation_is_the_cpus(toy, capsys, caplog, flags):
     databin, *models = toy
     path = ":".join(map(str, models)) if "--nbest" in flags else models[0]
     runs = [_lines(capsys, databin, "--path", path, *flags, *device) for device in ((), ("--cpu",))]
@@ -84,6 +85,7 @@ def test_generation_is_the_cpus(toy, capsys, flags):
     for one, other in zip(*runs, strict=True):
         for a, b in zip(one, other, strict=True):
             assert a == b or float(a) == pytest.approx(float(b), abs=2e-4)
+    assert "failed" not in caplog.text
 
 
 @pytest.mark.parametrize("precision", ["--fp16", "--bf16"])
