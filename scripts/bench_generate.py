@@ -54,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="translate only that many sentences")
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--cpu", action="store_true", help="the CPU even if there is a GPU")
+    parser.add_argument("--cuda-graphs", action="store_true", help="on a GPU, time the search with that flag as well")
     parser.add_argument("--reference", action="store_true", help="time the tests' straightforward search as well")
     parser.add_argument("--ctranslate2", metavar="DIR", help="time CTranslate2 as well, with the model exported there")
     parser.add_argument("--json", metavar="FILE", help="write the table there, too")
@@ -84,7 +85,7 @@ def native(args: argparse.Namespace, one: Row, sources: list[Tensor], device: st
     precision = one["precision"]
     dtype = choose_dtype(torch.device(device), precision == "fp16", precision == "bf16")
     models, _ = load_ensemble(args.path.split(":"), device=device, dtype=dtype)
-    cfg = GenerationConfig(beam=one["beam"])
+    cfg = GenerationConfig(beam=one["beam"], cuda_graphs=one["search"] == "graphs")
 
     def run(count: int) -> int:
         found = translate_ids(models, sources[:count], cfg, batch_size=one["batch"])
@@ -145,7 +146,8 @@ def measure(args: argparse.Namespace, one: Row) -> Row:
 
 def configurations(args: argparse.Namespace) -> list[Row]:
     """What to measure, in order."""
-    searches = ["fairseq"] + ["reference"] * args.reference + ["ctranslate2"] * (args.ctranslate2 is not None)
+    searches = ["fairseq"] + ["graphs"] * args.cuda_graphs + ["reference"] * args.reference
+    searches += ["ctranslate2"] * (args.ctranslate2 is not None)
     return [
         {"search": search, "precision": precision, "beam": beam, "batch": batch, "threads": threads}
         for precision in args.precision

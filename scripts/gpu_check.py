@@ -32,7 +32,7 @@ from fairseq.data.indexed_dataset import IndexedDatasetWriter  # noqa: E402
 WORDS, PAIRS, MEAN_LENGTH = 10_000, 40_000, 25
 SHOWN = (  # of a row, in the summary
     *("wps", "ms_per_step", "memory_gb", "mfu", "startup_seconds", "steady_seconds"),
-    *("precision", "beam", "sentences/s", "tokens/s", "peak MiB"),
+    *("search", "precision", "beam", "sentences/s", "tokens/s", "peak MiB"),
 )
 SMALL = 500, 300  # words and pairs, with --cpu
 CRITERION = "--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --optimizer adam --lr 5e-4"
@@ -133,8 +133,8 @@ def _stages(args: argparse.Namespace, data: Path) -> list[Stage]:
     generate = [*python, "scripts/bench_generate.py", str(data), "--path", model, *cpu, "--limit", "500"]
     stages += [_bench(args, data, tokens, precision, variant) for tokens, precision, variant in _rows(args.cpu)]
     found = args.work / "generate.json"
-    flags = ["--precision", "float32", "bf16", "--json", str(found)]
-    stages.insert(len(stages) - len(_rows(args.cpu)) + 5, Stage("generate", [*generate, *flags], 90, found))
+    flags = ["--precision", "bf16", "float32", *["--cuda-graphs"] * (not args.cpu), "--json", str(found)]
+    stages.insert(len(stages) - len(_rows(args.cpu)) + 5, Stage("generate", [*generate, *flags], 120, found))
     return stages
 
 

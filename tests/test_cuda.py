@@ -1,4 +1,4 @@
-"""On a real GPU: updates by CUDA graphs are the eager ones, and neither waits.
+"""On a real GPU: updates and searches by CUDA graphs are the eager ones, and no update waits.
 
 ``pytest tests/test_cuda.py`` needs nothing but the repository and a GPU.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ import torch
 from fairseq.cli.train import main
 from fairseq.criterions.cross_entropy import smoothed_nll
 from fairseq.data.translation import TranslationData
-from fairseq.options import DataConfig, parse_train_args, section
+from fairseq.generation import capture
+from fairseq.generation.beam_search import Sources
+from fairseq.options import DataConfig, GenerationConfig, parse_train_args, section
 from fairseq.training.distributed import World
 from fairseq.training.train import build_model
 from fairseq.training.trainer import Trainer
+from tests.test_search_graphs import LENGTHS, agree, long_model, search, toy_batches
 from tests.training_runs import batches_of_shapes, command_line, endless_updates, logged
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
@@ -215,3 +219,21 @@ def test_validation_between_updates(toy_databin, tmp_path):
     lines = logged(tmp_path)
     assert [line["num_updates"] for line in lines if "update" in line] == list(range(1, 41))
     assert sum("valid_loss" in line for line in lines) >= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("beam", [1, 5])
+def test_graphs_search_as_ordinary_steps_do(beam, dtype, caplog):
+    models = [long_model(seed).to("cuda", dtype) for seed in (1, 2)]
+    batches = [Sources(batch.src_tokens.cuda()) for batch in toy_batches()]
+    cfg = GenerationConfig(max_len_b=45, beam=beam)
+    expected = search(models, cfg, batches)
+    for _ in range(2):  # the second time all is recorded
+        found = search(models, replace(cfg, cuda_graphs=True), batches)
+        if dtype == torch.float64:
+            agree(found, expected)
+        else:  # in which sums in another order may find other translations
+            assert [len(hypotheses) for batch in found for hypotheses in batch] == [beam] * sum(map(len, LENGTHS))
+    _, graphs = capture._KEPT[models[0]]
+    assert len(graphs._steps) > 2
+    assert not [record.message for record in caplog.records if "cuda-graphs" in record.message]

@@ -17,7 +17,7 @@ from tests.fake_cuda import build
 from tests.training_runs import ROOT
 
 # of tests/test_cuda.py: what needs no compiler and few updates
-REAL = "test_cuda and (rezero_postln or sentence-avg or (wait and graphs) or criterion_that)"
+REAL = "test_cuda and (rezero_postln or sentence-avg or (wait and graphs) or criterion_that or search)"
 
 
 @pytest.mark.slow

@@ -33,15 +33,15 @@ def recorder(monkeypatch):
     return recorder
 
 
-def _batches():
+def toy_batches():
     return [beam_search.Sources(batch_of(sources(i, lengths))) for i, lengths in enumerate(LENGTHS)]
 
 
-def _search(models, cfg, batches=None):
-    return list(search_batches(models, batches or _batches(), cfg, threads=1))
+def search(models, cfg, batches=None):
+    return list(search_batches(models, batches or toy_batches(), cfg, threads=1))
 
 
-def _agree(found, expected):
+def agree(found, expected):
     for one, other in zip(found, expected, strict=True):
         for hypotheses, others in zip(one, other, strict=True):
             assert [h.tokens.tolist() for h in hypotheses] == [h.tokens.tolist() for h in others]
@@ -50,7 +50,7 @@ def _agree(found, expected):
                 torch.testing.assert_close(a.positional_scores, b.positional_scores, rtol=0, atol=1e-5)
 
 
-def _long(seed, end=0.7, **settings):
+def long_model(seed, end=0.7, **settings):
     """A model whose outputs have from few to 45 tokens: </s> is seldom."""
     model = toy_model(seed, **settings)
     with torch.no_grad():
@@ -61,14 +61,14 @@ def _long(seed, end=0.7, **settings):
 @pytest.mark.parametrize("count", [1, 2], ids=["one model", "ensemble"])
 @pytest.mark.parametrize("beam", [1, 4, 5])
 def test_repeated_steps_are_the_ordinary_ones(recorder, beam, count):
-    models = [_long(seed, 0.7 if count == 1 else 1.2, decoder_layers=seed) for seed in range(1, count + 1)]
+    models = [long_model(seed, 0.7 if count == 1 else 1.2, decoder_layers=seed) for seed in range(1, count + 1)]
     cfg = replace(CFG, beam=beam, unkpen=0.5)
-    expected = _search(models, cfg)
+    expected = search(models, cfg)
     lengths = [len(h.tokens) for found in expected for hypotheses in found for h in hypotheses]
     assert min(lengths) < 16 < 24 < max(lengths)
     assert recorder.repeated == 0
-    found = _search(models, replace(cfg, cuda_graphs=True))
-    _agree(found, expected)
+    found = search(models, replace(cfg, cuda_graphs=True))
+    agree(found, expected)
     assert recorder.repeated > 40
     assert recorder.recorded < 20
 
@@ -79,35 +79,35 @@ def test_repeated_steps_are_the_ordinary_ones(recorder, beam, count):
     ids=str,
 )
 def test_rules_and_prefixes(recorder, settings):
-    models, cfg = [_long(1)], replace(CFG, **settings)
+    models, cfg = [long_model(1)], replace(CFG, **settings)
     batches = [
         replace(
             batch, prefix_tokens=torch.tensor([[4 + i % 3, 5, 1 if i % 2 else 6] for i in range(len(batch.src_tokens))])
         )
-        for batch in _batches()
+        for batch in toy_batches()
     ]
-    expected = _search(models, cfg, batches)
-    _agree(_search(models, replace(cfg, cuda_graphs=True), batches), expected)
+    expected = search(models, cfg, batches)
+    agree(search(models, replace(cfg, cuda_graphs=True), batches), expected)
     assert recorder.repeated > 20
 
 
 def test_graphs_are_kept_for_the_next_search(recorder):
     """And nothing of the search before is in it. Of another model's parameters, they are not kept."""
-    model, cfg = _long(1), replace(CFG, cuda_graphs=True)
-    expected = _search([model], CFG)
-    _search([model], cfg)
+    model, cfg = long_model(1), replace(CFG, cuda_graphs=True)
+    expected = search([model], CFG)
+    search([model], cfg)
     recorded, (_, graphs) = recorder.recorded, capture._KEPT[model]
     with torch.inference_mode():
         for memory in graphs._memory.values():
             memory.fill_(torch.nan)
-    _agree(_search([model], cfg), expected)
+    agree(search([model], cfg), expected)
     assert recorder.recorded == recorded
-    _agree(_search([model], replace(cfg, beam=2)), _search([model], replace(CFG, beam=2)))
-    other = _long(2)
-    expected = _search([other], CFG)
+    agree(search([model], replace(cfg, beam=2)), search([model], replace(CFG, beam=2)))
+    other = long_model(2)
+    expected = search([other], CFG)
     for parameter, value in zip(model.parameters(), other.parameters(), strict=True):
         parameter.data = value.data.clone()
-    _agree(_search([model], cfg), expected)
+    agree(search([model], cfg), expected)
     kept = len(capture._KEPT)
     del model, parameter
     gc.collect()
@@ -120,11 +120,11 @@ def _warnings(caplog):
 
 @pytest.mark.parametrize("error", [RuntimeError("not permitted\nmore"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_failing_recording_is_said_once_and_changes_nothing(recorder, caplog, error):
-    models = [_long(1)]
-    expected = _search(models, CFG)
+    models = [long_model(1)]
+    expected = search(models, CFG)
     recorder.failures = [error]
     for _ in range(2):
-        _agree(_search(models, replace(CFG, cuda_graphs=True)), expected)
+        agree(search(models, replace(CFG, cuda_graphs=True)), expected)
     reason = str(error).partition("\n")[0]
     assert _warnings(caplog) == [f"--cuda-graphs failed, going on without: {type(error).__name__}: {reason}"]
     assert (recorder.given_up, recorder.repeated) == (1, 0)
@@ -132,8 +132,8 @@ def test_failing_recording_is_said_once_and_changes_nothing(recorder, caplog, er
 
 def test_failing_to_load_changes_nothing(recorder, caplog, monkeypatch):
     """As where memory is short for a moment: the batch's own caches are whole."""
-    models, load = [_long(1), _long(2)], BufferedCache.load
-    expected = _search(models, CFG)
+    models, load = [long_model(1), long_model(2)], BufferedCache.load
+    expected = search(models, CFG)
     calls = []
 
     def fails(self, other):
@@ -142,22 +142,22 @@ def test_failing_to_load_changes_nothing(recorder, caplog, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(BufferedCache, "load", fails)
-    _agree(_search(models, replace(CFG, cuda_graphs=True)), expected)
+    agree(search(models, replace(CFG, cuda_graphs=True)), expected)
     assert _warnings(caplog) == ["--cuda-graphs failed, going on without: OutOfMemoryError: CUDA out of memory"]
     assert recorder.repeated > 0
 
 
 def test_more_shapes_than_graphs(recorder, monkeypatch):
     monkeypatch.setattr(capture, "MOST_GRAPHS", 2)
-    models = [_long(1)]
-    _agree(_search(models, replace(CFG, cuda_graphs=True)), _search(models, CFG))
+    models = [long_model(1)]
+    agree(search(models, replace(CFG, cuda_graphs=True)), search(models, CFG))
     assert recorder.recorded == 2
 
 
 def test_says_once_that_it_does_nothing(caplog):
     capture._say.cache_clear()
     for _ in range(2):
-        _search([toy_model()], GenerationConfig(max_len_b=5, cuda_graphs=True))
+        search([toy_model()], GenerationConfig(max_len_b=5, cuda_graphs=True))
     assert _warnings(caplog) == ["--cuda-graphs does nothing here: generation is not on a GPU"]
 
 
@@ -171,6 +171,6 @@ def test_says_once_that_it_does_nothing(caplog):
 )
 def test_obstacles(recorder, caplog, settings, attn, reason):
     cfg = GenerationConfig(max_len_b=20, cuda_graphs=True, **settings)
-    list(search_batches([toy_model()], _batches(), cfg, need_attn=attn, threads=1))
+    list(search_batches([toy_model()], toy_batches(), cfg, need_attn=attn, threads=1))
     assert _warnings(caplog) == [f"--cuda-graphs does nothing here: {reason}"]
     assert recorder.repeated == 0

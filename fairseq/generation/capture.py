@@ -151,8 +151,8 @@ class _Steps:
             for i, cache in enumerate(batch.ensemble.caches)
         ]
         work = partial(self._work, self._as_batch(batch, shape.places))
-        work()  # what it needs is loaded and tuned before it is recorded
-        self._repeat = recorder.record(work)
+        work(1)  # what it needs is loaded and tuned before it is recorded
+        self._repeat = recorder.record(partial(work, STEPS))
 
     def _as_batch(self, like: SearchBatch, places: int) -> SearchBatch:
         """These buffers, as ``candidates`` reads them."""
@@ -162,9 +162,10 @@ class _Steps:
         batch.tokens, batch.scores, batch.ensemble.caches = self.tokens, self.scores, list(self.caches)
         return batch
 
-    def _work(self, batch: SearchBatch) -> None:
+    def _work(self, batch: SearchBatch, count: int) -> None:
+        """``count`` steps of what ``_as_batch`` returns; an even number ends in the buffers in which it began."""
         ends, sums, ids = [], [], []
-        for _ in range(STEPS):
+        for _ in range(count):
             for cache in self.caches:
                 cache.move(self.rows)
             scores, tokens, rows, _ = batch.candidates(0)
@@ -177,7 +178,7 @@ class _Steps:
             self.rows.copy_(choice.rows.flatten())
             self.step.add_(1)
         for parts, out in zip((ends, sums, ids), self._outcomes, strict=True):
-            torch.stack(parts, out=out)
+            torch.stack(parts, out=out[: len(parts)])
 
     def repeat(self, size: int) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
         """Do the steps; returns of each, for the first ``size`` sentences, what `History.end` and `History.go_on` are
