@@ -147,6 +147,22 @@ def test_failing_to_load_changes_nothing(recorder, caplog, monkeypatch):
     assert recorder.repeated > 0
 
 
+def test_memory_that_others_need_is_given_back(recorder, caplog, monkeypatch):
+    models, candidates = [long_model(1)], beam_search.SearchBatch.candidates
+    expected = search(models, CFG)
+
+    def fails(self, step):
+        if recorder.repeated > 9:  # as long as there are graphs
+            recorder.repeated = 0
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return candidates(self, step)
+
+    monkeypatch.setattr(beam_search.SearchBatch, "candidates", fails)
+    agree(search(models, replace(CFG, cuda_graphs=True)), expected)
+    assert _warnings(caplog) == ["--cuda-graphs: memory is short; going on without"]
+    assert recorder.repeated == recorder.given_up == 0 and not capture._KEPT[models[0]][1]._steps
+
+
 def test_more_shapes_than_graphs(recorder, monkeypatch):
     monkeypatch.setattr(capture, "MOST_GRAPHS", 2)
     models = [long_model(1)]

@@ -100,10 +100,21 @@ class SearchGraphs:
     def _fail(self, error: Exception) -> None:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         logger.warning(f"--cuda-graphs failed, going on without: {type(error).__name__}: {reason}")
+        self._turn_off(self._recorder.give_up)
+
+    def release(self) -> bool:
+        """Go on without graphs, so that others have their memory; returns whether they had any."""
+        if not self._memory:
+            return False
+        logger.warning("--cuda-graphs: memory is short; going on without")
+        self._turn_off()
+        return True
+
+    def _turn_off(self, clean_up: Callable[[], None] = lambda: None) -> None:
         self._off = True
         self._steps.clear()
         self._memory.clear()
-        self._recorder.give_up()
+        clean_up()
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
 

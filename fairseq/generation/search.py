@@ -15,7 +15,7 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from fairseq.errors import FairseqError
+from fairseq.errors import FairseqError, is_out_of_memory
 from fairseq.generation.beam_search import SearchBatch, Sources
 from fairseq.generation.capture import SearchGraphs, search_graphs
 from fairseq.generation.constraints import check_generation_config
@@ -66,8 +66,8 @@ class _Search:
         self.unfinished.append((number, sentences, sources))
         self.most_sentences = max(self.most_sentences, size)
         self.most_tokens = max(self.most_tokens, sources.src_tokens.numel())
-        batch = SearchBatch(self.models, sources, self.cfg, list(sentences), self.seed, self.need_attn)
-        self._run(batch, size // WAITING_SHARE)
+        if not self._start(sources, sentences):
+            self._start(sources, sentences)
         waiting = sum(len(batch.sentences) for batch in self.waiting)
         src_len = max((batch.src_len for batch in self.waiting), default=1)
         room = min(self.most_sentences, self.most_tokens // max(src_len, 1))
@@ -88,11 +88,23 @@ class _Search:
             self.waiting = []
             self._run(batch, until)
 
+    def _start(self, sources: Sources, sentences: range) -> bool:
+        """Translate a batch, except what waits. False where memory did not suffice, and there is more of it now."""
+        try:
+            batch = SearchBatch(self.models, sources, self.cfg, list(sentences), self.seed, self.need_attn)
+            self._run(batch, len(sentences) // WAITING_SHARE)
+            return True
+        except (RuntimeError, MemoryError) as error:
+            if self.graphs is None or not is_out_of_memory(error) or not self.graphs.release():
+                raise
+        return False
+
     def _run(self, batch: SearchBatch, until: int) -> None:
-        for sentence, hypothesis in batch.run(until, self.check, self.graphs):
-            self.results[sentence].append(hypothesis)
+        ended = batch.run(until, self.check, self.graphs)
         if batch.sentences:
             self.waiting.append(SearchBatch.merge([batch]))  # a copy of what is needed of it
+        for sentence, hypothesis in ended:
+            self.results[sentence].append(hypothesis)
 
     def _finished(self) -> Iterator[tuple[int, Found]]:
         """Each batch that is finished after all before it, once."""
