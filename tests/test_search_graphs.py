@@ -70,7 +70,9 @@ def test_repeated_steps_are_the_ordinary_ones(recorder, beam, count):
     found = search(models, replace(cfg, cuda_graphs=True))
     agree(found, expected)
     assert recorder.repeated > 40
-    assert recorder.recorded < 20
+    capture._KEPT.clear()  # anew from the largest batch on, so that the buffers of all shapes overlap
+    agree(search(models, replace(cfg, cuda_graphs=True), toy_batches()[::-1]), expected[::-1])
+    assert recorder.recorded < 40
 
 
 @pytest.mark.parametrize(

@@ -207,9 +207,8 @@ class _Steps:
         size = len(batch.sentences)
         self.step.fill_(batch.step)
         torch.arange(len(self.rows), out=self.rows)
-        self.scores.fill_(NEVER)  # of a place without a sentence, whose hypotheses have all ended
+        self.scores.fill_(NEVER)  # where there is no sentence nothing ends
         self.scores[:size] = batch.scores
-        self.counts.fill_(self.beam)
         self.counts[:size] = batch.counts
         self.tokens[: size * self.beam] = batch.tokens[:, -1:]
         for cache, other in zip(self.caches, batch.ensemble.caches, strict=True):
