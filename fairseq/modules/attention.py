@@ -20,7 +20,7 @@ def attention_mask(keep: Tensor, x: Tensor) -> Tensor:
     a copy where they do.
     """
     device = x.device.type
-    if device == "cpu":
+    if device != "cuda":
         return keep
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     mem = keep.size(-1)
@@ -84,7 +84,7 @@ class MultiheadAttention(nn.Module):
     def forward(self, query: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         """query: (batch, time, dim), memory: (batch, mem, kdim) -> (batch, time, dim). mask: as ``attend``'s."""
         device = query.device.type
-        if device != "cpu" and torch.is_autocast_enabled(device):  # which would convert them for each projection
+        if device == "cuda" and torch.is_autocast_enabled(device):  # which would convert them for each projection
             dtype = torch.get_autocast_dtype(device)
             same = query is memory
             memory = memory.to(dtype)
