@@ -43,6 +43,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID_BY_OTHERS)
 
 
+def first_line(error: BaseException) -> str:
+    """What ``error`` says first, for a message of one line."""
+    return (str(error).strip() or "no reason given").splitlines()[0]
+
+
 @contextlib.contextmanager
 def out_of_memory_ends(doing: str | Callable[[], str], advice: str) -> Iterator[None]:
     """Within, running out of memory becomes an OutOfMemory that says what was being done and what to do.

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fairseq.errors import first_line
 from fairseq.generation.beam_search import CHECK_EVERY, SearchBatch, still_going
 from fairseq.generation.candidates import NEVER, choose
 from fairseq.models.transformer import Transformer
@@ -98,7 +99,7 @@ class SearchGraphs:
         return self._memory[name][:count].view(shape)
 
     def _fail(self, error: Exception) -> None:
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        reason = first_line(error)
         logger.warning(f"--cuda-graphs failed, going on without: {type(error).__name__}: {reason}")
         self._turn_off(self._recorder.give_up)
 

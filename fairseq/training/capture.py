@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fairseq.data.translation import Batch
-from fairseq.errors import is_out_of_memory
+from fairseq.errors import first_line, is_out_of_memory
 from fairseq.optim.optimizers import Adam
 from fairseq.utils.cuda_graphs import CudaRecorder, Recorder
 
@@ -207,7 +207,7 @@ class UpdateGraphs:
 
     def _fail(self, shape: Shape, error: Exception) -> None:
         """Do without: for this shape, when memory did not suffice, else for good."""
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        reason = first_line(error)
         if is_out_of_memory(error):
             if not self._without:
                 logger.warning(f"--cuda-graphs: out of memory for batches of {shape}; such go on without: {reason}")

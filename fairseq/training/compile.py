@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from fairseq.errors import is_out_of_memory
+from fairseq.errors import first_line, is_out_of_memory
 
 logger = logging.getLogger("fairseq.train")
 
@@ -41,7 +41,7 @@ class _Fallback:
         except Exception as error:  # one that is not the compiler's comes again
             if is_out_of_memory(error):
                 raise
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            reason = first_line(error)
             logger.warning(f"--compile failed, going on without: {type(error).__name__}: {reason}")
             for layer in self._layers:
                 layer._compiled_call_impl = None
