@@ -27,13 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fairseq.errors import first_line
 from fairseq.generation.beam_search import CHECK_EVERY, SearchBatch, still_going
 from fairseq.generation.candidates import NEVER, choose
 from fairseq.models.transformer import Transformer
 from fairseq.modules.buffered_cache import Allocate, BufferedCache
 from fairseq.options import GenerationConfig
-from fairseq.utils.cuda_graphs import CudaRecorder, Recorder
+from fairseq.utils.cuda_graphs import CudaRecorder, Graphs, Recorder
 from fairseq.utils.symbols import EOS
 
 logger = logging.getLogger(__name__)
@@ -51,15 +50,14 @@ class Shape(NamedTuple):
     room: int
 
 
-class SearchGraphs:
+class SearchGraphs(Graphs):
     """The recorded steps of one ensemble and one `GenerationConfig`, for one search at a time."""
 
     def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
         self._seen: set[Shape] = set()
         self._steps: dict[Shape, _Steps] = {}
         self._memory: dict[str, Tensor] = {}  # the largest that was needed; graphs keep what they were recorded with
-        self._off = False
+        super().__init__(recorder, logger, [self._memory, self._steps])
 
     def run(self, batch: SearchBatch, until: int, check: Callable[[], None]) -> bool:
         """Go on with ``batch`` as long as its shape suits it; False where its next step has to be an ordinary one.
@@ -77,7 +75,7 @@ class SearchGraphs:
                 if steps is not None:
                     steps.load(batch)
             except Exception as error:  # one that is not the recording's comes again without it
-                self._fail(error)
+                self._failed(error)
                 return False
             if steps is None:
                 return False
@@ -97,27 +95,6 @@ class SearchGraphs:
         if name not in self._memory or self._memory[name].numel() < count:
             self._memory[name] = like.new_zeros(count)
         return self._memory[name][:count].view(shape)
-
-    def _fail(self, error: Exception) -> None:
-        reason = first_line(error)
-        logger.warning(f"--cuda-graphs failed, going on without: {type(error).__name__}: {reason}")
-        self._turn_off(self._recorder.give_up)
-
-    def release(self) -> bool:
-        """Go on without graphs, so that others have their memory; returns whether they had any."""
-        if not self._memory:
-            return False
-        logger.warning("--cuda-graphs: memory is short; going on without")
-        self._turn_off()
-        return True
-
-    def _turn_off(self, clean_up: Callable[[], None] = lambda: None) -> None:
-        self._off = True
-        self._steps.clear()
-        self._memory.clear()
-        clean_up()
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.empty_cache()
 
 
 def _go_on(batch: SearchBatch, steps: _Steps, end: int, few: int, check: Callable[[], None]) -> None:

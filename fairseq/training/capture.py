@@ -17,7 +17,6 @@ host when it is launched, and the trainer seeds that before every micro-batch.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from argparse import Namespace
@@ -31,7 +30,7 @@ from torch import Tensor
 from fairseq.data.translation import Batch
 from fairseq.errors import first_line, is_out_of_memory
 from fairseq.optim.optimizers import Adam
-from fairseq.utils.cuda_graphs import CudaRecorder, Recorder
+from fairseq.utils.cuda_graphs import CudaRecorder, Graphs, Recorder
 
 if TYPE_CHECKING:
     from fairseq.training.distributed import World
@@ -70,11 +69,11 @@ def _obstacle(args: Namespace, world: World) -> str:
     return ""
 
 
-class UpdateGraphs:
+class UpdateGraphs(Graphs):
     """The recorded updates of a trainer that `_obstacle` lets pass."""
 
     def __init__(self, trainer: Trainer, recorder: Recorder) -> None:
-        self._trainer, self._recorder = trainer, recorder
+        self._trainer = trainer
         self._sums = torch.zeros_like(trainer.new_sums())
         self._grads: list[Tensor] = []  # of the parameters, for updates of several micro-batches
         self._seen: set[Shape] = set()
@@ -82,7 +81,7 @@ class UpdateGraphs:
         self._inputs: dict[Shape, Batch] = {}
         self._graphs: dict[tuple[str, Shape], Callable[[], None]] = {}
         self._new: set[tuple[str, Shape]] = set()  # graphs that have not been compared yet
-        self._off = False
+        super().__init__(recorder, logger, [self._graphs, self._inputs, self._grads])
 
     def step(self, micro_batches: Sequence[Batch | None]) -> bool:
         """One update; see `Trainer.train_step`.
@@ -128,7 +127,7 @@ class UpdateGraphs:
             self._inputs[shape] = _buffers(batch, trainer.world.device)
             _fill(self._inputs[shape], batch)
         if kind != "whole" and not self._grads:
-            self._grads = [torch.zeros_like(parameter) for parameter in trainer.parameters]
+            self._grads += [torch.zeros_like(parameter) for parameter in trainer.parameters]
 
         def work() -> None:
             if kind != "apply":
@@ -188,34 +187,16 @@ class UpdateGraphs:
         self._turn_off()
         return False
 
-    def release(self) -> bool:
-        """Go on without graphs, so that others have their memory; returns whether they had any."""
-        if self._off or not self._graphs:
-            return False
-        logger.warning("--cuda-graphs: memory is short; going on without")
-        self._turn_off()
-        return True
-
-    def _turn_off(self, clean_up: Callable[[], None] = lambda: None) -> None:
-        self._off = True
-        self._graphs.clear()
-        self._inputs.clear()
-        self._grads.clear()
-        clean_up()
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.empty_cache()
-
     def _fail(self, shape: Shape, error: Exception) -> None:
         """Do without: for this shape, when memory did not suffice, else for good."""
-        reason = first_line(error)
-        if is_out_of_memory(error):
-            if not self._without:
-                logger.warning(f"--cuda-graphs: out of memory for batches of {shape}; such go on without: {reason}")
-            self._without.add(shape)
-            torch.cuda.empty_cache()
+        if not is_out_of_memory(error):
+            self._failed(error)
             return
-        logger.warning(f"--cuda-graphs failed, going on without: {type(error).__name__}: {reason}")
-        self._turn_off(self._recorder.give_up)
+        if not self._without:
+            said = first_line(error)
+            logger.warning(f"--cuda-graphs: out of memory for batches of {shape}; such go on without: {said}")
+        self._without.add(shape)
+        torch.cuda.empty_cache()
 
 
 def _wanted(batches: list[Batch]) -> list[tuple[str, Shape]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+
+from fairseq.errors import first_line
 
 
 class Recorder(Protocol):
@@ -56,3 +59,33 @@ class CudaRecorder:
             end(self._device.index or 0, self._pool)
         generator = torch.cuda.default_generators[self._device.index or 0]
         generator.graphsafe_set_state(generator.clone_state())
+
+
+class Graphs:
+    """What has been recorded, and how to go on without it for good, which is said once."""
+
+    def __init__(self, recorder: Recorder, logger: logging.Logger, kept: list[dict[Any, Any] | list[Any]]) -> None:
+        """kept: all that holds memory; what is recorded, or what it works on, first."""
+        self._recorder, self._logger, self._kept = recorder, logger, kept
+        self._off = False
+
+    def release(self) -> bool:
+        """Go on without graphs, so that others have their memory; returns whether they had any."""
+        if not self._kept[0]:
+            return False
+        self._logger.warning("--cuda-graphs: memory is short; going on without")
+        self._turn_off()
+        return True
+
+    def _failed(self, error: Exception) -> None:
+        """Go on without graphs after a recording that has failed."""
+        self._logger.warning(f"--cuda-graphs failed, going on without: {type(error).__name__}: {first_line(error)}")
+        self._turn_off(self._recorder.give_up)
+
+    def _turn_off(self, clean_up: Callable[[], None] = lambda: None) -> None:
+        self._off = True
+        for kept in self._kept:
+            kept.clear()
+        clean_up()
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
