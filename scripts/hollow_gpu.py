@@ -8,10 +8,13 @@ code runs: its allocator (peaks are a real GPU's, but for what kernels and libra
 autograd, fused optimisers, CUDA graphs (what CUDA forbids while one is recorded fails here too), torch.compile down to
 machine code. Numbers that come out mean nothing, and nothing is said about a GPU's speed; the host's is real.
 
-``train`` prints medians of an update, over the last 40% of them: milliseconds of the host, kernels and graphs launched,
-matrix products, waits for the device, copies; and the most memory that tensors took and that PyTorch kept. --kernels
-FILE counts kernels by name. In the environment, HOLLOW_GB (80) is the GPU's memory, HOLLOW_COPY (67108864) the bytes of
-the largest copy that is made: few, for a model that does not fit into the host's memory twice.
+``train`` prints medians of an update, over the last 40% of them: milliseconds of the host, kernels and graphs
+launched, matrix products, NCCL's calls, waits for the device, copies; and the most memory that tensors took and that
+PyTorch kept. --kernels FILE counts kernels by name. In the environment, HOLLOW_GB (80) is the GPU's memory, HOLLOW_COPY
+(67108864) the bytes of the largest copy that is made: few, for a model that does not fit into the host's memory twice.
+
+Several processes are started one by one, each with RANK, WORLD_SIZE, LOCAL_RANK=0, MASTER_ADDR and MASTER_PORT as
+torchrun sets them, and one empty directory of all in HOLLOW_MEETING.
 """
 
 from __future__ import annotations
@@ -29,7 +32,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-COUNTS = ("kernels", "graphs", "products", "cudaMallocs", "waits", "copies to the GPU", "copies to the host")
+COUNTS = (
+    "kernels",
+    "graphs",
+    "products",
+    "collectives",
+    "cudaMallocs",
+    "waits",
+    "copies to the GPU",
+    "copies to the host",
+)
 SOURCES = Path(__file__).with_name("hollow_gpu")
 LIBRARY = "HOLLOW_LIBRARY"  # in the environment of the process that runs on it
 
@@ -57,9 +69,10 @@ def build(directory: Path, include: str) -> Path:
 
     libraries = Path(torch.__file__).parent / "lib"
     wanted = _symbols(*(libraries / f"lib{name}.so" for name in ("c10_cuda", "torch_cuda", "torch_python")))
-    runtime = (SOURCES / "runtime.cpp").read_text(encoding="utf-8")
-    ours = set(re.findall(r"\b((?:__)?cu\w+)\([^;{}]*\) \{", runtime))
-    wanted = {name for name in wanted if re.match(r"(__)?cuda|cublas", name)} - ours
+    sources = [SOURCES / "runtime.cpp", SOURCES / "collectives.cpp"]
+    text = "".join(source.read_text(encoding="utf-8") for source in sources)
+    ours = set(re.findall(r"\b((?:__)?cu\w+|nccl\w+)\([^;{}]*\) \{", text))
+    wanted = {name for name in wanted if re.match(r"(__)?cuda|cublas|nccl", name)} - ours
     lines = ["int hollow_product();"]
     for name in sorted(wanted):
         product = re.search(r"gemm|Gemm|LtMatmul$", name)
@@ -67,9 +80,7 @@ def build(directory: Path, include: str) -> Path:
     (directory / "rest.c").write_text("\n".join(lines))
     _compile("gcc", "-c", directory / "rest.c", "-o", directory / "rest.o")
     library = directory / "libhollow.so"
-    _compile(
-        "g++", "-std=c++17", f"-I{include}", "-shared", SOURCES / "runtime.cpp", directory / "rest.o", "-o", library
-    )
+    _compile("g++", "-std=c++17", f"-I{include}", "-shared", *sources, directory / "rest.o", "-o", library)
     driver = (SOURCES / "driver.c").read_text(encoding="utf-8")
     wanted = {*_symbols(libraries / "libcaffe2_nvrtc.so"), "cuInit", "cuFuncSetAttribute", "cuCtxSetLimit"}
     wanted = {name for name in wanted if re.match(r"cu[A-Z]", name) and f" {name}(" not in driver}

@@ -393,6 +393,7 @@ ELSEWHERE = {
     "process * cannot meet": "test_error_processes.py::test_the_port_of_the_meeting_is_taken",
     "process * has no GPU": "test_error_processes.py::test_more_processes_than_gpus",
     "--distributed-world-size": "test_error_processes.py::test_more_processes_than_gpus",
+    "process * of * has a model": "test_error_processes.py::test_processes_with_different_models",
     "process * of * was ended": "test_distributed.py::test_one_failing_process_ends_all_with_one_line",
     "process * of * ended with": "test_distributed.py::test_one_failing_process_ends_all_with_one_line",
     "process * of * failed": "test_distributed.py::test_one_failing_process_ends_all_with_one_line",

@@ -112,6 +112,20 @@ def test_the_port_of_the_meeting_is_taken(toy_databin, tmp_path):
         says(begin(line, tmp_path, RANK="0", WORLD_SIZE="2", **meeting), "process * cannot meet")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
+def test_processes_with_different_models(toy_databin, tmp_path, backend):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    flags = ("--max-epoch", 1, "--ddp-backend", backend, "--encoder-layers")
+    lines = [shlex.join(["train", *command_line(toy_databin, tmp_path, *flags, layers)]) for layers in (1, 2)]
+    processes = [begin(line, tmp_path, RANK=str(rank), **meeting) for rank, line in enumerate(lines)]
+    says(processes[0], "process * of * has a model")
+    assert processes[1].wait(120) != 0
+
+
 @pytest.mark.parametrize(
     ("start", "flags", "environment"),
     [

@@ -393,19 +393,20 @@ def starved_criterion(directory: Path, name: str, rank: int, call: int, backward
 
 
 @pytest.mark.slow
-def test_one_process_without_memory_leaves_the_others_their_share(toy_databin, tmp_path):
-    """Rank 1 loses its second batch in the forward pass: as one process with two batches an update that loses the same.
-
-    Then rank 1 loses its first batch of an update of two in the backward pass, before any gradient is averaged.
-    """
+@pytest.mark.parametrize(
+    ("during", "more"),
+    [("forward", ()), ("backward", ("--ddp-backend", "legacy_ddp"))],  # which waits for nobody in a backward pass
+    ids=["forward", "backward"],
+)
+def test_one_process_without_memory_leaves_the_others_their_share(toy_databin, tmp_path, during, more):
+    """Rank 1 loses its second batch: as one process with two batches an update that loses the same."""
     flags = ("--max-update", 4, "--dropout", 0, "--attention-dropout", 0, "--disable-validation")
-    process = start(
-        toy_databin, tmp_path / "two", *flags, *starved_criterion(tmp_path / "a", "starved_a", 1, 2), launcher=TORCHRUN
-    )
+    starved = starved_criterion(tmp_path / "a", f"starved_a_{during}", 1, 2, during == "backward")
+    process = start(toy_databin, tmp_path / "two", *flags, *starved, *more, launcher=TORCHRUN)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "process 1 of 2: out of memory in the forward pass on a batch of" in output
-    starved = starved_criterion(tmp_path / "b", "starved_b", 0, 4)
+    assert f"process 1 of 2: out of memory in the {during} pass on a batch of" in output
+    starved = starved_criterion(tmp_path / "b", f"starved_b_{during}", 0, 4)
     train(toy_databin, tmp_path / "one", *flags, *starved, "--update-freq", 2)
     assert_same(last(tmp_path / "one")["model"], last(tmp_path / "two")["model"], atol=1e-5)
     for directory in ("one", "two"):

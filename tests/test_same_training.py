@@ -19,7 +19,9 @@ from fairseq.criterions import cross_entropy as module
 from tests.training_runs import CAN_SHARD, RECIPE, SGD, train_updates, trainer_and_batches
 
 UPDATES = 200
-SHARDED = ("--ddp-backend", "fully_sharded", "--checkpoint-activations")
+BACKENDS: dict[str, tuple[str, ...]] = {"wrapped": (), "afterwards": ("--ddp-backend", "legacy_ddp")}
+if CAN_SHARD:
+    BACKENDS["sharded"] = ("--ddp-backend", "fully_sharded", "--checkpoint-activations")
 
 
 def plain_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,10 +64,10 @@ def test_loss_in_slices_of_checkpointed_layers_in_float64(toy_databin, small_sli
 
 @pytest.mark.slow
 def test_two_processes(toy_databin, tmp_path):
-    """Wrapped by DistributedDataParallel and fully sharded."""
+    """Wrapped by DistributedDataParallel, gradients summed afterwards, fully sharded."""
     expected, _ = plain_training(toy_databin, *RECIPE, "--update-freq", 2)
     mp.spawn(_in_each, (toy_databin, tmp_path), nprocs=2)
-    for name in ("wrapped", "sharded") if CAN_SHARD else ("wrapped",):
+    for name in BACKENDS:
         assert torch.load(tmp_path / name) == pytest.approx(expected, rel=1e-4)
 
 
@@ -73,7 +75,7 @@ def _in_each(rank: int, databin: Path, directory: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{directory}/meeting", rank=rank, world_size=2)
     try:
-        for name, flags in (("wrapped", ()), ("sharded", SHARDED)) if CAN_SHARD else (("wrapped", ()),):
+        for name, flags in BACKENDS.items():
             trainer, batches = trainer_and_batches(databin, *RECIPE, *flags, rank=rank, world_size=2)
             losses = train_updates(trainer, batches, UPDATES)
             if rank == 0:

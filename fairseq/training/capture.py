@@ -30,6 +30,7 @@ from torch import Tensor
 from fairseq.data.translation import Batch
 from fairseq.errors import first_line, is_out_of_memory
 from fairseq.optim.optimizers import Adam
+from fairseq.training.gradients import FlatGradients
 from fairseq.utils.cuda_graphs import CudaRecorder, Graphs, Recorder
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ logger = logging.getLogger("fairseq.train")
 MOST_GRAPHS = 128  # further shapes run without
 TOLERANCE = 0.02  # between what a graph computes and what it was recorded from, relative: bf16's sums in another order
 Shape = tuple[int, ...]
+APPLY: tuple[str, Shape] = ("apply", ())  # the graph of an update's end
 
 
 def with_graphs(trainer: Trainer) -> UpdateGraphs | None:
@@ -60,7 +62,10 @@ def uses_graphs(args: Namespace, world: World) -> bool:
 def _obstacle(args: Namespace, world: World) -> str:
     for is_there, reason in (
         (world.device.type != "cuda", "training is not on a GPU"),
-        (world.size > 1, "there are several processes"),
+        (
+            world.size > 1 and args.ddp_backend == "fully_sharded",
+            "--ddp-backend fully_sharded gathers parameters on the way",
+        ),
         (args.optimizer not in ("adam", "radam"), f"--optimizer {args.optimizer} cannot skip an update on the device"),
         (args.checkpoint_activations or args.offload_activations, "activations are checkpointed"),
     ):
@@ -74,8 +79,10 @@ class UpdateGraphs(Graphs):
 
     def __init__(self, trainer: Trainer, recorder: Recorder) -> None:
         self._trainer = trainer
+        self._several = trainer.flat is not None  # processes, which sum their gradients between two graphs
         self._sums = torch.zeros_like(trainer.new_sums())
-        self._grads: list[Tensor] = []  # of the parameters, for updates of several micro-batches
+        self._grads: list[FlatGradients] = []  # a single process's, for updates of several micro-batches
+        self._found: list[float] = []  # what new graphs have computed, before the sum over processes
         self._seen: set[Shape] = set()
         self._without: set[Shape] = set()  # shapes whose graph did not fit into memory
         self._inputs: dict[Shape, Batch] = {}
@@ -91,14 +98,44 @@ class UpdateGraphs(Graphs):
         trainer = self._trainer
         with self._recorder.on_stream():
             batches = [batch for batch in micro_batches if batch is not None]
-            if trainer.nonfinite_in_a_row or not self._ready(batches):
+            ready = not trainer.nonfinite_in_a_row and self._ready(batches)
+            if trainer.nonfinite_in_a_row or not (ready or self._several):
                 return trainer.eager_step(micro_batches)
-            new = self._new.intersection(_wanted(batches))
+            new = self._new.intersection(self._wanted(batches)) if ready else set()
             expected = self._measured(batches) if new else None
-            done = trainer.step_on_device(partial(self._replay, batches), batches)
+            done = trainer.step_on_device(partial(self._update, micro_batches, ready, bool(new)), batches)
             if expected is not None and self._as_expected(expected):
                 self._new -= new
             return done
+
+    def _update(self, micro_batches: Sequence[Batch | None], ready: bool, new: bool) -> None:
+        """The update itself. ready: whether there are graphs for it. new: whether one is to be compared.
+
+        Of several processes some may have graphs and others not, but all end it with the same kernels, or their
+        parameters would drift apart.
+        """
+        trainer = self._trainer
+        if ready:
+            self._replay([batch for batch in micro_batches if batch is not None])
+        else:
+            self._sums.copy_(trainer.accumulate(micro_batches))
+        if not self._several:
+            return
+        if new:
+            self._found = trainer.loss_and_norm(self._sums)
+        with trainer.updating():
+            trainer.sum_over_processes(self._sums)
+            if apply := self._graphs.get(APPLY):
+                apply()
+            else:
+                cast("Adam", trainer.optimizer).complete_state()
+                trainer.update_parameters(self._sums)
+
+    def _wanted(self, batches: list[Batch]) -> list[tuple[str, Shape]]:
+        """The graphs of an update: what they do, and of which shape."""
+        if len(batches) == 1 and not self._several:
+            return [("whole", _shape(batches[0]))]
+        return [*(("add", _shape(batch)) for batch in batches), APPLY]
 
     def _ready(self, batches: list[Batch]) -> bool:
         """Whether there are graphs for ``batches``; those that can be recorded now are."""
@@ -107,7 +144,7 @@ class UpdateGraphs(Graphs):
         self._seen.update(new)
         if self._off or new or self._without.intersection(shapes):
             return False
-        for batch, (kind, shape) in zip([*batches, None], _wanted(batches), strict=False):
+        for batch, (kind, shape) in zip([*batches, None], self._wanted(batches), strict=False):
             if (kind, shape) in self._graphs:
                 continue
             if len(self._graphs) == MOST_GRAPHS:
@@ -126,37 +163,44 @@ class UpdateGraphs(Graphs):
         if batch is not None and shape not in self._inputs:
             self._inputs[shape] = _buffers(batch, trainer.world.device)
             _fill(self._inputs[shape], batch)
-        if kind != "whole" and not self._grads:
-            self._grads += [torch.zeros_like(parameter) for parameter in trainer.parameters]
+        if kind != "whole" and not (self._several or self._grads):
+            self._grads.append(FlatGradients(trainer.parameters))
 
         def work() -> None:
             if kind != "apply":
                 inputs = self._inputs[shape]
                 trainer.backpropagate(inputs, *trainer.losses(inputs), self._sums)
-            if kind != "add":
+            if kind == "add":
+                self._flat.add_gradients()
+            else:
                 trainer.update_parameters(self._sums)
 
-        # a whole update's gradients are the graph's own: with none there yet, the backward pass has nothing to add to
-        grads: Sequence[Tensor | None] = [None] * len(trainer.parameters) if kind == "whole" else self._grads
+        if kind == "apply":
+            self._flat.clear()
+        else:  # gradients are the graph's own: with none there yet, the backward pass has nothing to add to
+            trainer.optimizer.zero_grad(set_to_none=True)
         try:
-            for parameter, grad in zip(trainer.parameters, grads, strict=True):
-                parameter.grad = grad
             return self._recorder.record(work)
         finally:
-            trainer.optimizer.zero_grad(set_to_none=True)
+            trainer.clear_gradients()
+
+    @property
+    def _flat(self) -> FlatGradients:
+        """What graphs of single micro-batches add their gradients to."""
+        return self._trainer.flat or self._grads[0]
 
     def _replay(self, batches: list[Batch]) -> None:
-        kind = "whole" if len(batches) == 1 else "add"
+        """The graphs of an update; of several processes, those before its end."""
         self._sums.zero_()
-        if kind == "add":
-            torch._foreach_zero_(self._grads)
-        for index, batch in enumerate(batches):
-            shape = _shape(batch)
-            _fill(self._inputs[shape], batch)
+        wanted = self._wanted(batches)
+        if APPLY in wanted:
+            self._flat.all.zero_()
+        for index, (batch, graph) in enumerate(zip(batches, wanted, strict=False)):
+            _fill(self._inputs[graph[1]], batch)
             self._trainer.seed(index)
-            self._graphs[kind, shape]()
-        if kind == "add":
-            self._graphs["apply", ()]()
+            self._graphs[graph]()
+        if APPLY in wanted and not self._several:
+            self._graphs[APPLY]()
 
     def _measured(self, batches: list[Batch]) -> list[float] | None:
         """Loss and gradient norm of the update to come, without graphs; None where memory does not suffice."""
@@ -165,7 +209,7 @@ class UpdateGraphs(Graphs):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        self._trainer.optimizer.zero_grad(set_to_none=True)
+        self._trainer.clear_gradients()
         torch.cuda.empty_cache()
         return None
 
@@ -174,7 +218,7 @@ class UpdateGraphs(Graphs):
 
         Where they are not finite nothing can be said: then not, and graphs stay.
         """
-        found = self._trainer.outcome[1:3].tolist()
+        found = self._found if self._several else self._trainer.outcome[1:3].tolist()
         if not all(map(math.isfinite, (*expected, *found))):
             return False
         if all(math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in zip(expected, found, strict=True)):
@@ -197,12 +241,6 @@ class UpdateGraphs(Graphs):
             logger.warning(f"--cuda-graphs: out of memory for batches of {shape}; such go on without: {said}")
         self._without.add(shape)
         torch.cuda.empty_cache()
-
-
-def _wanted(batches: list[Batch]) -> list[tuple[str, Shape]]:
-    """The graphs of an update: what they do, and of which shape."""
-    shapes = list(map(_shape, batches))
-    return [("whole", shapes[0])] if len(shapes) == 1 else [*(("add", s) for s in shapes), ("apply", ())]
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ _DDP_FLAGS = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init_
 _NO_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _DDP_FLAGS else "broadcast_buffers": False
 }
+AFTERWARDS = "legacy_ddp"  # --ddp-backend that sums gradients when the backward passes are done
 NAME_SECONDS = 60  # where machines come up together, the first one's name may not be known at once
 _ENVIRONMENT = "env://"  # torchrun, or whoever else has set RANK, says where the processes meet
 T = TypeVar("T")
@@ -90,15 +91,20 @@ class World:
     def average_gradients(self, model: Transformer, backend: str, bucket_cap_mb: int) -> torch.nn.Module:
         """model on this device, wrapped (or sharded) so that its backward pass averages gradients over all processes.
 
-        backend: ``--ddp-backend``.
+        backend: ``--ddp-backend``; with `AFTERWARDS` and its other name the model stays as it is, with the first
+        process's parameters. Raises FairseqError when the processes' models differ.
         """
-        if self.size > 1:
-            _import_compiler()
-        if self.size > 1 and backend == "fully_sharded":
+        if self.size == 1:
+            return model.to(self.device)
+        self._require_same_size(model)
+        if backend in (AFTERWARDS, "no_c10d"):
+            for parameter in model.to(self.device).parameters():
+                dist.broadcast(parameter.detach(), src=0)
+            return model
+        _import_compiler()
+        if backend == "fully_sharded":
             return shard(model, self.device)
         model.to(self.device)
-        if self.size == 1:
-            return model
         ids = [self.device] if self.device.type == "cuda" else None
         return torch.nn.parallel.DistributedDataParallel(
             model,
@@ -107,6 +113,17 @@ class World:
             gradient_as_bucket_view=True,
             **_NO_BUFFERS,
         )
+
+    def _require_same_size(self, model: Transformer) -> None:
+        """Raise FairseqError where processes have different models: they would wait for each other for ever."""
+        count = sum(parameter.numel() for parameter in model.parameters())
+        largest = torch.tensor([count, -count], device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        if largest.sum() != 0:
+            raise FairseqError(
+                f"process {self.rank} of {self.size} has a model of {count:,} parameters, another has one of another "
+                "size; start all with the same flags and data"
+            )
 
 
 def _import_compiler() -> None:

@@ -12,6 +12,7 @@ differs from update to update comes to them in tensors. So a CUDA graph can repe
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from argparse import Namespace
@@ -31,10 +32,11 @@ from fairseq.optim.optimizers import Adam
 from fairseq.options import MemoryConfig, OptimizationConfig, TrainLogConfig, section
 from fairseq.registry import CRITERIONS, LR_SCHEDULERS, OPTIMIZERS
 from fairseq.training.activations import apply_memory_flags
-from fairseq.training.capture import with_graphs
+from fairseq.training.capture import uses_graphs, with_graphs
 from fairseq.training.compile import compile_layers
-from fairseq.training.distributed import World
+from fairseq.training.distributed import AFTERWARDS, World
 from fairseq.training.divergence import advice, find_break
+from fairseq.training.gradients import FlatGradients
 from fairseq.training.losses import SUMS, batch_losses, batch_sums
 from fairseq.training.out_of_memory import smallest_batch
 from fairseq.training.precision import ConvertedWeights, DynamicLossScaler, make_loss_scaler
@@ -69,16 +71,19 @@ class Trainer:
         if args.compile:
             compile_layers([*model.encoder.layers, *model.decoder.layers])
         self._size = f"{sum(p.numel() for p in model.parameters()):,} parameters on {world.device}"
+        backend = AFTERWARDS if uses_graphs(args, world) else args.ddp_backend  # graphs wait for no other process
         with out_of_memory_ends(f"{self._process}placing {self._size}", TOO_LARGE):
-            self._wrapped = world.average_gradients(self.model, args.ddp_backend, args.bucket_cap_mb)
+            self._wrapped = world.average_gradients(self.model, backend, args.bucket_cap_mb)
+            self.parameters = [p for p in model.parameters() if p.requires_grad]
+            waits = world.size > 1 and self._wrapped is model and not any(map(is_sharded, self.parameters))
+            self.flat = FlatGradients(self.parameters) if waits else None  # summed after the backward passes
         self._called: nn.Module | ConvertedWeights = self._wrapped
         if (
             world.device.type == "cuda"
-            and world.size == 1
+            and (world.size == 1 or self.flat is not None)
             and not (args.checkpoint_activations or args.offload_activations)
         ):
             self._called = ConvertedWeights(model, model.decoder.output_projection)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._sharded = any(map(is_sharded, self.parameters))
         self.criterion = component(CRITERIONS, args.criterion, args, PAD)
         optimizer_config = OPTIMIZERS.config(args.optimizer)
@@ -131,18 +136,42 @@ class Trainer:
 
     def eager_step(self, micro_batches: Sequence[Batch | None]) -> bool:
         """One update, kernel by kernel; see `train_step`, which everybody else calls."""
-        self.optimizer.zero_grad(set_to_none=True)
+        sums = self.accumulate(micro_batches)
+        with self.updating():
+            return self._apply(self.sum_over_processes(sums), micro_batches)
+
+    def accumulate(self, micro_batches: Sequence[Batch | None]) -> Tensor:
+        """Forward and backward passes of an update, kernel by kernel; returns this process's sums, of `new_sums`."""
+        self.clear_gradients()
         sums = self.new_sums()
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             if isinstance(self._wrapped, nn.parallel.DistributedDataParallel) and not is_last:
                 with self._wrapped.no_sync():
                     self._backward(batch, index, sums)
-            else:
+            elif self.flat is None:
                 self._backward(batch, index, sums, averages=self.world.size > 1)
+            elif batch is not None:
+                self._backward(batch, index, sums)
+        return sums
+
+    def sum_over_processes(self, sums: Tensor) -> Tensor:
+        """``sums``, and the gradients where no backward pass has done so, summed over all processes, in place."""
+        if self.flat is not None:
+            self.world.sum(self.flat.all)
+        return self.world.sum(sums)
+
+    def updating(self) -> contextlib.AbstractContextManager[None]:
+        """What the end of an update runs in: without memory for it training ends, since some may be updated."""
         what = f"{self._process}the update of {self._size}, for which {self.args.optimizer} keeps a state"
-        with out_of_memory_ends(what, f"lower --max-tokens, {TOO_LARGE}"):  # no going on: some may be updated
-            return self._apply(self.world.sum(sums), micro_batches)
+        return out_of_memory_ends(what, f"lower --max-tokens, {TOO_LARGE}")
+
+    def clear_gradients(self) -> None:
+        """Have none, or zeros."""
+        if self.flat is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.flat.clear()
 
     def _backward(self, batch: Batch | None, index: int, sums: Tensor, averages: bool = False) -> None:
         """Add one micro-batch's gradients to the parameters', and its statistics to ``sums``.
@@ -167,7 +196,7 @@ class Trainer:
         del loss, nll  # with these and the error, all activations are gone
         if self.graphs is not None and self.graphs.release() and (during == "forward" or index == 0):
             if index == 0:
-                self.optimizer.zero_grad(set_to_none=True)
+                self.clear_gradients()
             self._backward(batch, index, sums, averages)  # in the memory that the graphs held
         else:
             self._drop(batch, during, sums, averages)
@@ -217,7 +246,7 @@ class Trainer:
             )
         logger.error(f"{what}: left out; if this comes often, lower --max-tokens")
         if during == "backward":  # the sum of gradients has a part of this batch's in it
-            self.optimizer.zero_grad(set_to_none=True)
+            self.clear_gradients()
             sums[: len(SUMS)] = 0
         sums[-1] += 1
         if averages:
@@ -277,21 +306,27 @@ class Trainer:
     def _norm(self, sample_size: Tensor) -> tuple[Tensor, Tensor]:
         """What makes a mean of the gradients, by multiplication, and that mean's norm, before clipping: scalars."""
         # DistributedDataParallel, or FSDP2, has divided the sum over processes by their number
-        factor = (self.world.size / self.loss_scale / sample_size).float()
+        divided_by = self.world.size if self.flat is None else 1
+        factor = (divided_by / self.loss_scale / sample_size).float()
         gnorm = torch.nn.utils.get_total_norm(self._gradients())
         if self._sharded:
             gnorm = self.world.sum(gnorm.square()).sqrt()
         return factor, gnorm * factor
 
     def measure(self, batches: Sequence[Batch]) -> list[float]:
-        """Loss and gradient norm that an update of these batches has, in a single process; nothing is updated."""
+        """Loss and gradient norm that an update of these batches alone would have; nothing is updated."""
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.new_sums()
         for index, batch in enumerate(batches):
             self.seed(index)
             self.backpropagate(batch, *self.losses(batch), sums)
+        result = self.loss_and_norm(sums)
+        self.clear_gradients()
+        return result
+
+    def loss_and_norm(self, sums: Tensor) -> list[float]:
+        """Loss and gradient norm of ``sums`` and of the gradients that are there; waits for the device."""
         _, gnorm = self._norm(sums[3] if self.cfg.sentence_avg else sums[2])
-        self.optimizer.zero_grad(set_to_none=True)
         return torch.stack([sums[0], gnorm.double()]).tolist()
 
     def _gradients(self) -> list[Tensor]:

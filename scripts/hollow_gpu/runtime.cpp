@@ -27,6 +27,7 @@ thread_local cudaError_t last_error = cudaSuccess;
 thread_local int current = 0;
 std::atomic<long> used{0}, next_handle{1 << 20};
 std::atomic<long> launches{0}, graph_launches{0}, mallocs{0}, waits{0}, to_device{0}, to_host{0}, products{0};
+std::atomic<long> collectives{0};
 
 std::mutex histogram_lock;
 std::map<std::string, long> histogram;
@@ -124,7 +125,7 @@ cudaError_t copy(void* to, const void* from, size_t bytes, cudaStream_t stream) 
 
 // What hollow_gpu.py reads.
 extern "C" void hollow_counts(long* counts) {
-  long now[] = {launches, graph_launches, products, mallocs, waits, to_device, to_host};
+  long now[] = {launches, graph_launches, products, collectives, mallocs, waits, to_device, to_host};
   memcpy(counts, now, sizeof now);
 }
 extern "C" void hollow_forget_kernels() {
@@ -141,6 +142,11 @@ extern "C" void hollow_write_kernels(const char* path) {
 extern "C" int hollow_product() {
   products++;
   count("matrix product");
+  return 0;
+}
+extern "C" int hollow_collective() {
+  collectives++;
+  count("collective");
   return 0;
 }
 extern "C" void hollow_driver_kernel(const char* name) { count(name); }
