@@ -26,6 +26,8 @@ RUNS: dict[str, tuple[tuple[Any, ...], bool, str]] = {  # flags, graphs, what go
     "failing": (("--ddp-backend", "legacy_ddp"), True, "failing"),
     "wrapped, 2": (("--update-freq", 2), False, ""),
     "graphs, 2": (("--ddp-backend", "legacy_ddp", "--update-freq", 2), True, ""),
+    "wrapped, fp16": (("--fp16-scale-window", 6), False, ""),
+    "graphs, fp16": (("--ddp-backend", "legacy_ddp", "--fp16-scale-window", 6), True, ""),
     "wrapped, broken": ((), False, "broken"),
     "graphs, broken": (("--ddp-backend", "legacy_ddp"), True, "broken"),
 }
@@ -35,7 +37,7 @@ def _run(databin: Path, rank: int, name: str) -> dict[str, Any]:
     """Losses and gradient norms of some updates, the parameters after them, and what recorders and log say."""
     flags, graphs, wrong = RUNS[name]
     itr = batches_of_shapes(databin, 3, 250, rank=rank, world_size=2)
-    trainer, _ = trainer_and_batches(databin, *FLAGS, *flags, rank=rank, world_size=2)
+    trainer, _ = trainer_and_batches(databin, *FLAGS, *flags, fp16="fp16" in name, rank=rank, world_size=2)
     trainer.dummy_batch = itr.first_batch
     trainer._check_every_update = trainer._check_every_update and not graphs  # as on a GPU, late
     recorder = TapeRecorder()

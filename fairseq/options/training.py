@@ -74,8 +74,8 @@ class OptimizationConfig:
     compile: bool = flag(False, "compile the layers with torch.compile: slower to start, then faster", switch=True)
     cuda_graphs: bool | None = flag(
         None,
-        "record each batch shape's update as a CUDA graph and repeat that: one GPU, adam or radam, no checkpointed "
-        "activations (default: where that is so)",
+        "record each batch shape's update as a CUDA graph and repeat that: on GPUs, with adam or radam, without "
+        "checkpointed activations and fully_sharded (default: where that is so)",
         switch=True,
     )
     lr: list[float] = flag([0.25], "learning rate; a list is by epoch (fixed)", "--learning-rate", least=0)
@@ -124,11 +124,12 @@ class DistributedConfig:
     distributed_port: int = flag(0, "port of the rendezvous (0: any free one)", least=0, below=2**16)
     ddp_backend: str = flag(
         "pytorch_ddp",
-        "fully_sharded (FSDP2): parameters, gradients and optimiser state divided among the processes; all other names "
-        "mean DistributedDataParallel",
+        "pytorch_ddp, c10d: gradients are summed during the backward pass (DistributedDataParallel); legacy_ddp, "
+        "no_c10d: after it, as with CUDA graphs whatever this says; fully_sharded (FSDP2): parameters, gradients and "
+        "optimiser state are divided among the processes",
         choices=("pytorch_ddp", "c10d", "no_c10d", "legacy_ddp", "fully_sharded"),
     )
-    bucket_cap_mb: int = flag(25, "size of a gradient bucket, in MiB", least=1)
+    bucket_cap_mb: int = flag(25, "size of a gradient bucket of DistributedDataParallel, in MiB", least=1)
     heartbeat_timeout: float = flag(
         300.0, "end all processes, with status 75, when one has hung or been away for this many seconds (-1: never)"
     )

@@ -6,8 +6,9 @@ graph, and what else differs from update to update (the step size, the loss scal
 
 A shape's first update is one like any other, by which what it needs is loaded, compiled and tuned; its second is
 recorded, which executes nothing, and then repeated. Where an update has one micro-batch, a graph is the whole update.
-Where it has several, each adds its gradients to buffers that all graphs share, and one graph more applies them. Graphs
-share their memory: no two run at once, and none leaves anything there for another.
+Where it has several, each adds its gradients to buffers that all graphs share, and one graph more applies them. So too
+with several processes, which sum these buffers in between, outside of graphs: not all need a graph for their batch.
+Graphs share their memory: no two run at once, and none leaves anything there for another.
 
 What a recording does when first repeated is compared with an ordinary forward and backward pass on the same batch.
 
