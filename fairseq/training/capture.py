@@ -98,9 +98,11 @@ class UpdateGraphs(Graphs):
         """
         trainer = self._trainer
         with self._recorder.on_stream():
+            if trainer.nonfinite_in_a_row:
+                return trainer.eager_step(micro_batches)
             batches = [batch for batch in micro_batches if batch is not None]
-            ready = not trainer.nonfinite_in_a_row and self._ready(batches)
-            if trainer.nonfinite_in_a_row or not (ready or self._several):
+            ready = self._ready(batches)
+            if not (ready or self._several):
                 return trainer.eager_step(micro_batches)
             new = self._new.intersection(self._wanted(batches)) if ready else set()
             expected = self._measured(batches) if new else None

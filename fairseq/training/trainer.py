@@ -75,16 +75,12 @@ class Trainer:
         with out_of_memory_ends(f"{self._process}placing {self._size}", TOO_LARGE):
             self._wrapped = world.average_gradients(self.model, backend, args.bucket_cap_mb)
             self.parameters = [p for p in model.parameters() if p.requires_grad]
-            waits = world.size > 1 and self._wrapped is model and not any(map(is_sharded, self.parameters))
-            self.flat = FlatGradients(self.parameters) if waits else None  # summed after the backward passes
+            self._sharded = any(map(is_sharded, self.parameters))
+            plain = self._wrapped is model and not self._sharded  # its backward passes wait for no other process
+            self.flat = FlatGradients(self.parameters) if plain and world.size > 1 else None  # summed after them
         self._called: nn.Module | ConvertedWeights = self._wrapped
-        if (
-            world.device.type == "cuda"
-            and (world.size == 1 or self.flat is not None)
-            and not (args.checkpoint_activations or args.offload_activations)
-        ):
+        if plain and world.device.type == "cuda" and not (args.checkpoint_activations or args.offload_activations):
             self._called = ConvertedWeights(model, model.decoder.output_projection)
-        self._sharded = any(map(is_sharded, self.parameters))
         self.criterion = component(CRITERIONS, args.criterion, args, PAD)
         optimizer_config = OPTIMIZERS.config(args.optimizer)
         self.optimizer: torch.optim.Optimizer = OPTIMIZERS.get(args.optimizer)(
@@ -315,7 +311,7 @@ class Trainer:
 
     def measure(self, batches: Sequence[Batch]) -> list[float]:
         """Loss and gradient norm that an update of these batches alone would have; nothing is updated."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear_gradients()
         sums = self.new_sums()
         for index, batch in enumerate(batches):
             self.seed(index)
