@@ -11,15 +11,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import signal
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -27,17 +23,14 @@ from tqdm import tqdm
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import IndexedDatasetWriter, dtype_for
 from fairseq.errors import FairseqError
-from fairseq.utils.processes import worker_context
+from fairseq.utils.processes import ordered_map
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 CHUNK_BYTES = 2**21
 READ_BYTES = 2**20
 UNKNOWN = -1  # stands for a token that the dictionary lacks until it is counted
 LINE_END = "\udc0a"  # stands for a line end among tokens; a surrogate, which no decoded text contains
-
-_function: Callable[[Any], Any]  # of a worker process
 
 
 class _Bar(tqdm):
@@ -214,37 +207,3 @@ def _map_chunks(
         for (start, end), result in zip(spans, ordered_map(function, spans, workers), strict=True):
             yield result
             bar.update(end - start)
-
-
-def ordered_map(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[R]:
-    """``map(function, tasks)`` in up to ``workers`` processes, which run a bounded number of tasks ahead.
-
-    ``function`` is sent to each process once. Raises FairseqError when a process dies.
-    """
-    workers = min(workers, len(tasks))
-    if workers <= 1:
-        yield from map(function, tasks)
-        return
-    pool = ProcessPoolExecutor(workers, worker_context(), initializer=_start_worker, initargs=(function,))
-    pending: deque[Future[R]] = deque()
-    try:
-        for task in tasks:
-            pending.append(pool.submit(_call, task))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise FairseqError("a worker process died, perhaps out of memory; try fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(function: Callable[[Any], Any]) -> None:
-    global _function
-    _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-
-
-def _call(task: Any) -> Any:
-    return _function(task)

@@ -16,15 +16,13 @@ import itertools
 import os
 import re
 import unicodedata
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from fairseq.errors import FairseqError
 from fairseq.utils.io import atomic_write
-from fairseq.utils.processes import worker_context
+from fairseq.utils.processes import ordered_map
 
 if TYPE_CHECKING:
     from subword_nmt.apply_bpe import BPE
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 Path = str | os.PathLike[str]
 
 CHUNK_LINES = 2000  # a task of map_lines: large against the cost of sending it
-CHUNKS_AHEAD = 4  # tasks queued per process, bounds memory
 BPE_CACHE_WORDS = 1_000_000  # subword-nmt remembers every word it has split; a large corpus would fill the memory
 
 _SEGMENT = re.compile(r"<seg\b[^>]*>(.*?)</seg>", re.IGNORECASE)
@@ -265,20 +262,7 @@ def map_lines(function: Callable[[str], str], lines: Iterable[str], workers: int
     function: picklable, such as a `functools.partial` of a module's function. The result does not depend on
     ``workers``; at most a few thousand lines for each process are in memory.
     """
-    if workers <= 1:
-        yield from map(function, lines)
-        return
     lines = iter(lines)
     chunks = iter(lambda: list(itertools.islice(lines, CHUNK_LINES)), [])
-    with ProcessPoolExecutor(workers, worker_context()) as pool:
-        pending: deque[Future[list[str]]] = deque()
-        try:
-            for chunk in chunks:
-                pending.append(pool.submit(_map_chunk, function, chunk))
-                if len(pending) > workers * CHUNKS_AHEAD:
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+    for results in ordered_map(partial(_map_chunk, function), chunks, workers):
+        yield from results

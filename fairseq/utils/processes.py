@@ -1,10 +1,24 @@
-"""How processes that read, count or clean for another one are started."""
+"""Processes that read, count or clean for another one."""
 
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from multiprocessing.context import BaseContext
+from typing import Any, TypeVar
+
+from fairseq.errors import FairseqError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_function: Callable[[Any], Any]  # of a worker process
 
 
 def worker_context() -> BaseContext:
@@ -14,3 +28,39 @@ def worker_context() -> BaseContext:
     and a process besides, whose end ends them all, starts them.
     """
     return multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+
+
+def ordered_map(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R]:
+    """``map(function, tasks)`` in up to ``workers`` processes, which run a bounded number of tasks ahead.
+
+    ``function`` is sent to each process once. Raises FairseqError when a process dies.
+    """
+    tasks = iter(tasks)
+    first = list(islice(tasks, max(1, workers)))
+    tasks = chain(first, tasks)
+    if len(first) <= 1:
+        yield from map(function, tasks)
+        return
+    pool = ProcessPoolExecutor(len(first), worker_context(), initializer=_start_worker, initargs=(function,))
+    pending: deque[Future[R]] = deque()
+    try:
+        for task in tasks:
+            pending.append(pool.submit(_call, task))
+            if len(pending) > 2 * len(first):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise FairseqError("a worker process died, perhaps out of memory; try fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+
+def _call(task: Any) -> Any:
+    return _function(task)
