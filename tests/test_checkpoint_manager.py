@@ -193,12 +193,12 @@ def test_a_signal_saves_the_last_alone(tmp_path):
     manager = make(tmp_path / "yes", save_interval_updates=1, keep_interval_updates=1)
     for updates in (1, 2):
         save(manager, 1, updates)
-    assert manager.save_last(lambda: {"updates": 3}, 1, 3) is True
+    manager.save_last(lambda: {"updates": 3}, 1, 3)
     assert torch.load(manager.directory / LAST)["updates"] == 3  # it is there when the call returns
     assert names(manager) == {"checkpoint_1_2.pt", LAST}
     for flag in ("no_save", "no_last_checkpoints"):
         manager = make(tmp_path / flag, **{flag: True})
-        assert manager.save_last(lambda: {"updates": 3}, 1, 3) is False
+        manager.save_last(lambda: {"updates": 3}, 1, 3)
         assert not (tmp_path / flag).exists() or not names(manager)
 
 
@@ -245,5 +245,5 @@ def test_there_is_one_copy_of_the_state_at_a_time(tmp_path, may_write):
 
     manager.save(lambda: {"updates": 1}, 1, False, 1, None, False)
     threading.Timer(0.05, may_write.set).start()
-    assert manager.save_last(state, 1, 2)
+    manager.save_last(state, 1, 2)
     assert torch.load(tmp_path / LAST)["updates"] == 2

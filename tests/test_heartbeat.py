@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -46,11 +47,13 @@ class Hanging:
 class Watchers:
     """Heartbeats of several ranks in this process, and what they say; who should end this process beats no more."""
 
-    def __init__(self, size: int, timeout: float = TIMEOUT) -> None:
+    def __init__(self, size: int, timeout: float = TIMEOUT, continues: str = "") -> None:
         store = dist.HashStore()
         self.lines: list[tuple[int, str]] = []
         self.said = threading.Event()
-        self.beats = [Heartbeat(store, "here:1", rank, size, timeout, self._end(rank)) for rank in range(size)]
+        self.beats = [
+            Heartbeat(store, "here:1", rank, size, timeout, self._end(rank), continues) for rank in range(size)
+        ]
         for beat in self.beats:
             beat.start()
 
@@ -73,8 +76,8 @@ class Watchers:
 def watchers() -> Iterator[Callable[..., Watchers]]:
     made: list[Watchers] = []
 
-    def make(*arguments: float) -> Watchers:
-        made.append(Watchers(*arguments))  # type: ignore[arg-type]
+    def make(*arguments: Any) -> Watchers:
+        made.append(Watchers(*arguments))
         return made[-1]
 
     yield make
@@ -83,7 +86,7 @@ def watchers() -> Iterator[Callable[..., Watchers]]:
 
 
 def test_one_that_falls_silent_is_named_once_a_host(watchers):
-    three = watchers(3)
+    three = watchers(3, TIMEOUT, "the same command without --reset-meters continues")
     silent = three.beats[1]
     silent._updates = 7
     time.sleep(TIMEOUT / 3)
@@ -94,7 +97,10 @@ def test_one_that_falls_silent_is_named_once_a_host(watchers):
     host = socket.gethostname()
     ((rank, line),) = three.lines
     assert rank == 0
-    assert line.startswith(f"process 1 of 3 on {host} has given no sign of life for {TIMEOUT} s after update 7; ")
+    assert line == (
+        f"process 1 of 3 on {host} has given no sign of life for {TIMEOUT} s after update 7; the same command without "
+        "--reset-meters continues from the last checkpoint (--heartbeat-timeout)"
+    )
 
 
 def test_who_is_busy_or_done_is_left_alone(watchers):
@@ -213,7 +219,7 @@ def test_a_reader_that_hangs(tmp_path):
     assert process.returncode == LOST_STATUS
     (line,) = errors.splitlines()
     name = f"process [01] of 2 on {re.escape(socket.gethostname())}"
-    assert re.match(rf"error: {name} has waited 3 s for a batch after update \d+; the same command", line)
+    assert re.match(rf"error: {name} has waited 3 s for a batch after update \d+ \(--heartbeat-timeout\)$", line)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,22 @@ from fairseq.utils.io import atomic_copy, remove_unfinished
 logger = logging.getLogger("fairseq.checkpoint")
 
 BEST = "checkpoint_best.pt"
+_RESETS = ("reset_dataloader", "reset_lr_scheduler", "reset_meters", "reset_optimizer")
+
+
+def how_to_continue(args: Namespace) -> str:
+    """In words: what continues from ``checkpoint_last.pt``, without the flags that would start from another place.
+
+    Empty where that file is not saved.
+    """
+    if args.no_save or args.no_last_checkpoints:
+        return ""
+    resets = {f"--{name.replace('_', '-')}" for name in _RESETS if getattr(args, name)}
+    needed = {"--reset-optimizer"} if args.no_save_optimizer_state else set()
+    left_out = sorted(resets - needed) + ["--restore-file"] * (args.restore_file != LAST)
+    changes = [f" without {', '.join(left_out)}"] * bool(left_out)
+    changes += [" with --reset-optimizer"] * bool(needed - resets)
+    return f"the same command{' and'.join(changes)} continues"
 
 
 class CheckpointManager:
@@ -85,16 +102,15 @@ class CheckpointManager:
         if not self.cfg.no_save and names:
             self._write(state, names, f"epoch {epoch} @ {updates} updates", end_of_epoch)
 
-    def save_last(self, state: Callable[[], dict[str, Any]], epoch: int, updates: int) -> bool:
-        """Write ``checkpoint_last.pt`` alone, for a training that stops here; False if the flags forbid it.
+    def save_last(self, state: Callable[[], dict[str, Any]], epoch: int, updates: int) -> None:
+        """Write ``checkpoint_last.pt`` alone, for a training that stops here, unless the flags forbid it.
 
         Raises FairseqError when it cannot be written.
         """
         if self.cfg.no_save or self.cfg.no_last_checkpoints:
-            return False
+            return
         self._write(state, [LAST], f"epoch {epoch} @ {updates} updates", end_of_epoch=False)
         self.writer.wait()
-        return True
 
     def _write(self, state: Callable[[], dict[str, Any]], names: list[str], where: str, end_of_epoch: bool) -> None:
         """Write one file and give it all ``names``, then delete what is no longer kept."""

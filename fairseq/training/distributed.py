@@ -30,6 +30,7 @@ from torch import Tensor
 from fairseq.errors import MORE_MEMORY, FairseqError, out_of_memory_ends
 from fairseq.models.transformer import Transformer
 from fairseq.registry import import_user_dir
+from fairseq.training.checkpoint_manager import how_to_continue
 from fairseq.training.heartbeat import LOST_STATUS, Heartbeat, LostProcess, end_process
 from fairseq.training.sharding import shard
 from fairseq.training.signals import LONGEST_WAIT, STOP_SIGNALS, STOP_STATUSES, exit_status
@@ -315,7 +316,8 @@ def _run(
             _wait_for_name(os.environ["MASTER_ADDR"])
         store = _connect(address)
         if args.heartbeat_timeout > 0 and size > 1:
-            heartbeat = Heartbeat(_connect(address), where, rank, size, args.heartbeat_timeout, end)
+            continues = how_to_continue(args)
+            heartbeat = Heartbeat(_connect(address), where, rank, size, args.heartbeat_timeout, end, continues)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
     except (RuntimeError, ValueError, OSError) as error:

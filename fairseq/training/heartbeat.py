@@ -39,15 +39,23 @@ class Heartbeat:
 
     store: a connection that nothing else uses. where: its address, for messages. timeout: seconds. end: called in a
     thread with one line that says who is lost, an empty one if a process beside this says it; it must end this process,
-    whose main thread may hang.
+    whose main thread may hang. continues: what continues from the last checkpoint, in words, if there is to be one.
     """
 
     def __init__(
-        self, store: Store, where: str, rank: int, size: int, timeout: float, end: Callable[[str], None]
+        self,
+        store: Store,
+        where: str,
+        rank: int,
+        size: int,
+        timeout: float,
+        end: Callable[[str], None],
+        continues: str = "",
     ) -> None:
         self._store, self._where = store, where
         self._rank, self._size = rank, size
         self._timeout, self._end = timeout, end
+        self._continues = f"; {continues} from the last checkpoint" if continues else ""
         self._interval = min(timeout / 30, _MOST_SECONDS)
         self._host = socket.gethostname()
         self._updates = 0
@@ -165,9 +173,8 @@ class Heartbeat:
     def _line(self, rank: int, what: str, host: str, updates: int) -> str:
         return f"process {rank} of {self._size} on {host} {what}{self._advice(updates)}"
 
-    @staticmethod
-    def _advice(updates: int) -> str:
-        return f" after update {updates}; the same command continues from the last checkpoint (--heartbeat-timeout)"
+    def _advice(self, updates: int) -> str:
+        return f" after update {updates}{self._continues} (--heartbeat-timeout)"
 
 
 def end_process(line: str) -> None:

@@ -31,7 +31,7 @@ from fairseq.models.state_dict import from_fairseq, to_fairseq
 from fairseq.models.transformer import Transformer
 from fairseq.options import LAST, CheckpointConfig, section
 from fairseq.registry import CRITERIONS
-from fairseq.training.checkpoint_manager import CheckpointManager
+from fairseq.training.checkpoint_manager import CheckpointManager, how_to_continue
 from fairseq.training.distributed import World
 from fairseq.training.divergence import require_finite
 from fairseq.training.fairseq_optimizer import from_fairseqs, stored_optimizer
@@ -46,8 +46,6 @@ from fairseq.utils.flags import flag_names
 from fairseq.utils.memory import peak_memory
 
 logger = logging.getLogger("fairseq.train")
-
-_RESETS = ("reset_dataloader", "reset_lr_scheduler", "reset_meters", "reset_optimizer")
 
 
 def _with_own_settings(args: Namespace, stored: dict[str, Any], model: Transformer, path: Path | None) -> Transformer:
@@ -353,23 +351,12 @@ class TrainingRun:
         updates = self.trainer.num_updates
         self._take_stats()
         self.unfinished = (epoch, end_of_epoch) if self.trainer.num_updates == updates else None
-        saved = True
         state = self._gathered_state(None)
         if self.world.is_master:
-            saved = self.checkpoints.save_last(state, epoch, self.trainer.num_updates)
+            self.checkpoints.save_last(state, epoch, self.trainer.num_updates)
         self.world.barrier()
-        what = self._how_to_continue() if saved else "nothing was saved, as the flags say"
+        what = how_to_continue(self.args) or "nothing was saved, as the flags say"
         return f"{signal.Signals(signum).name}; {what}"
-
-    def _how_to_continue(self) -> str:
-        """In words: which flags of this run would start from another place than the checkpoint just saved."""
-        args = self.args
-        resets = {f"--{name.replace('_', '-')}" for name in _RESETS if getattr(args, name)}
-        needed = {"--reset-optimizer"} if args.no_save_optimizer_state else set()
-        left_out = sorted(resets - needed) + ["--restore-file"] * (args.restore_file != LAST)
-        changes = [f" without {', '.join(left_out)}"] * bool(left_out)
-        changes += [" with --reset-optimizer"] * bool(needed - resets)
-        return f"the same command{' and'.join(changes)} continues"
 
     def _gathered_state(self, value: float | None) -> Callable[[], dict[str, Any]]:
         """What makes the checkpoint's dict. All processes call this: what is sharded is gathered here."""
