@@ -20,6 +20,7 @@ from torch import Tensor
 from fairseq.errors import FairseqError
 from fairseq.registry import CRITERIONS
 from fairseq.utils.flags import flag
+from fairseq.utils.parts import part_size
 
 Criterion = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 SLICE_ELEMENTS = 2**22  # logits in a slice: 16 MiB in float32
@@ -208,6 +209,5 @@ class _Sums:
 
 def _slices(rows: Tensor, vocab: int) -> Iterator[slice]:
     """Of ``rows`` in parts of like size, each with about so many logits."""
-    most = max(1, (SLICE_ELEMENTS if rows.device.type == "cpu" else SLICE_ELEMENTS_GPU) // vocab)
-    step = max(1, -(-len(rows) // max(1, -(-len(rows) // most))))
+    step = part_size(len(rows), (SLICE_ELEMENTS if rows.device.type == "cpu" else SLICE_ELEMENTS_GPU) // vocab)
     return (slice(start, start + step) for start in range(0, len(rows), step))

@@ -33,6 +33,7 @@ from fairseq.generation.sampling import sentence_noise
 from fairseq.models.transformer import Transformer
 from fairseq.modules.decoder_cache import DecoderCache
 from fairseq.options import GenerationConfig
+from fairseq.utils.parts import part_size
 from fairseq.utils.symbols import EOS, PAD
 
 if TYPE_CHECKING:
@@ -211,11 +212,10 @@ class SearchBatch:
         features, attn = self.ensemble.step(self.tokens[:, -1])
         vocab = self.ensemble.models[0].decoder.output_projection.out_features
         beam = self.scores.size(1)
-        size = max(1, (CHUNK if self.device.type == "cpu" else CHUNK_GPU) // (beam * vocab))
-        pieces = -(-len(self.sentences) // size)
-        size = -(-len(self.sentences) // pieces)
+        size = part_size(len(self.sentences), (CHUNK if self.device.type == "cpu" else CHUNK_GPU) // (beam * vocab))
         chunks = [self._candidates(step, i, i + size, features) for i in range(0, len(self.sentences), size)]
-        scores, tokens, beams = (torch.cat(parts) if pieces > 1 else parts[0] for parts in zip(*chunks, strict=True))
+        several = len(chunks) > 1
+        scores, tokens, beams = (torch.cat(parts) if several else parts[0] for parts in zip(*chunks, strict=True))
         first_rows = torch.arange(0, self.scores.numel(), beam, device=self.device)
         return scores, tokens, beams + first_rows[:, None], attn
 

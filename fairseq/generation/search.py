@@ -22,6 +22,7 @@ from fairseq.generation.constraints import check_generation_config
 from fairseq.generation.history import Hypothesis
 from fairseq.models.transformer import Transformer
 from fairseq.options import GenerationConfig
+from fairseq.utils.parts import part_size
 
 WAITING_SHARE = 4  # the last quarter of a batch's sentences wait
 MOST_THREADS = 8  # Python itself runs in one of them at a time
@@ -173,8 +174,7 @@ def search_batches(
 def _parts(sources: Sources, most_sentences: int, most_tokens: int, counts: deque[int]) -> list[Sources]:
     """A batch in parts of like size, none larger than that unless of one sentence. counts: their number is added."""
     sentences, src_len = sources.src_tokens.shape
-    most = max(1, min(most_sentences, most_tokens // max(src_len, 1)))
-    size = max(1, -(-sentences // max(1, -(-sentences // most))))
+    size = part_size(sentences, min(most_sentences, most_tokens // max(src_len, 1)))
     src_tokens = sources.src_tokens.split(size)
     counts.append(len(src_tokens))
     ids = range(sentences) if sources.ids is None else sources.ids
