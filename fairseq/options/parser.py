@@ -11,6 +11,8 @@ CLOSE = 0.75  # of 1: likeness from which another flag may have been meant
 _NOT_HERE = "fairseq's, not supported here"
 _LEAVE = "leave it out"
 _PROCESSES = "run fairseq-train under torchrun, which tells the processes about each other"
+_STOPS = "SIGUSR1 stops it with a checkpoint: timeout --signal USR1 3h fairseq-train ..."
+_AVERAGE = "fairseq-average averages the parameters of checkpoints"
 _MMAP = "data-bins are read in the mmap format alone, which fairseq-preprocess writes"
 # Flags of fairseq that translation with Transformers may be used with, and what to do here
 _INSTEAD = (
@@ -50,11 +52,13 @@ _INSTEAD = (
     ("--report-accuracy --ignore-prefix-size --load-alignments --fp16-adam-stats --decoding-format", _NOT_HERE),
     ("--curriculum --combine-valid-subsets --combine-val --validate-after-updates --max-valid-steps --nval", _NOT_HERE),
     ("--grouped-shuffling --skip-remainder-batch --update-epoch-batch-itr --update-ordered-indices-seed", _NOT_HERE),
-    ("--stop-time-hours --continue-once --keep-interval-updates-pattern --store-ema --use-bmuf --tpu", _NOT_HERE),
+    ("--continue-once --keep-interval-updates-pattern --use-bmuf --tpu", _NOT_HERE),
+    ("--stop-time-hours", _STOPS),
+    ("--store-ema --ema-decay --ema-start-update --ema-update-freq --ema-fp32 --ema-seed-model", _AVERAGE),
     ("--azureml-logging --profile --ddp-comm-hook --localsgd-frequency --quantization-config-path", _NOT_HERE),
 )
 _FAMILIES_NOT_HERE = (
-    *("--adaptive-", "--aim-", "--base-", "--ema-", "--iter-decode-", "--pipeline-", "--quant-noise-", "--retain-"),
+    *("--adaptive-", "--aim-", "--base-", "--iter-decode-", "--pipeline-", "--quant-noise-", "--retain-"),
     "--slowmo-",
 )
 _ADVICE = {flag: advice for flags, advice in _INSTEAD for flag in flags.split()}
