@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -39,6 +40,7 @@ from tests.training_runs import (
     start,
     train,
     updates,
+    write_databin,
 )
 
 LAST = "checkpoint_last.pt"
@@ -241,11 +243,14 @@ def wait_for_update(process: subprocess.Popen[str], directory: Path, number: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda s: s.name)
-def test_signal_saves_and_the_rest_is_exact(toy_databin, tmp_path, signum):
-    """To all processes of the job, those that read data too, as SLURM and a terminal send it."""
-    train(toy_databin, tmp_path / "whole", *LONG)
-    argv = [*command_line(toy_databin, tmp_path / "run", *LONG), "--num-workers", "1"]
+@pytest.mark.parametrize(
+    ("signum", "size"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2), (signal.SIGINT, 1)], ids=["TERM", "USR1", "INT"]
+)
+def test_signal_saves_and_the_rest_is_exact(toy_databin, tmp_path, signum, size):
+    """To the first process and to all of the job, those that read data too, as `timeout` sends it."""
+    flags = (*LONG, "--distributed-world-size", size)
+    train(toy_databin, tmp_path / "whole", *flags)
+    argv = [*command_line(toy_databin, tmp_path / "run", *flags), "--num-workers", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "fairseq.cli.train", *argv],
         cwd=ROOT,
@@ -256,13 +261,16 @@ def test_signal_saves_and_the_rest_is_exact(toy_databin, tmp_path, signum):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for_update(process, tmp_path / "run", 3)
+    process.send_signal(signum)
+    if signum == signal.SIGINT:
+        time.sleep(0.1)  # else the two may be one, and a second one ended it
     os.killpg(process.pid, signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, errors
     assert errors == "interrupted: saving a checkpoint; Ctrl-C once more ends it at once\n"
     assert 3 <= last(tmp_path / "run")["optimizer_history"][-1]["num_updates"] < 60
     assert files(tmp_path / "run") == {LAST} | ({"checkpoint_best.pt"} & files(tmp_path / "run"))
-    train(toy_databin, tmp_path / "run", *LONG)
+    train(toy_databin, tmp_path / "run", *flags)
     for key in ("model", "last_optimizer_state"):
         assert_same(last(tmp_path / "whole")[key], last(tmp_path / "run")[key])
     whole, run = logged(tmp_path / "whole"), logged(tmp_path / "run")
@@ -336,6 +344,43 @@ def test_the_command_that_continues_is_told(toy_databin, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit):
         train(toy_databin, tmp_path, "--max-update", 2, "--validate-interval-updates", 1, *flags)
     assert caplog.messages[-1] == f"stopped after 2 updates: SIGTERM; {said}"
+
+
+def end_first(process: subprocess.Popen[str]) -> None:
+    """Kill a job's first process alone, as the system does when memory runs out; the others must end by themselves."""
+    others = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1)  # those that it reads from now wait for it
+    process.kill()
+    _, alive = psutil.wait_procs(others, timeout=60)
+    for other in alive:
+        other.kill()
+    process.communicate()
+    assert others
+    assert not alive
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_process_of_a_killed_training_is_left(tmp_path, size):
+    """Nor those that read, with a batch in hand that is larger than what a pipe takes."""
+    databin = write_databin(tmp_path / "bin", 50_000, seed=0)
+    flags = ("--max-tokens", 20000, "--max-epoch", 1000, "--save-interval", 1000, "--disable-validation")
+    process = start(databin, tmp_path, *flags, "--num-workers", 1, "--distributed-world-size", size)
+    wait_for_update(process, tmp_path, 1)
+    end_first(process)
+    assert files(tmp_path) - {"bin", "log"} == ({LAST} if size > 1 else set())  # several have saved where they were
+
+
+@pytest.mark.slow
+def test_no_process_of_a_killed_preprocessing_is_left(tmp_path):
+    for side in ("xx", "yy"):
+        (tmp_path / f"text.{side}").write_text("a b c d e f g h\n" * 1_000_000)
+    argv = ["-s", "xx", "-t", "yy", "--trainpref", f"{tmp_path}/text", "--destdir", f"{tmp_path}/out", "--workers", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "fairseq.cli.preprocess", *argv], cwd=ROOT, text=True)
+    while len(psutil.Process(process.pid).children()) < 2:
+        time.sleep(0.02)
+    end_first(process)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from fairseq.data.batching import shown_ids
 from fairseq.data.translation import Batch, BatchShape, LanguagePairDataset, map_batch
 from fairseq.errors import FairseqError, out_of_memory_ends
-from fairseq.utils.processes import worker_context
+from fairseq.utils.processes import end_with_parent, worker_context
 
 
 class _Arrays:
@@ -60,6 +60,7 @@ def _obey_parent(_: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    end_with_parent()
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

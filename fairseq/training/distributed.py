@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
+import math
 import multiprocessing.connection
 import os
 import signal
@@ -19,6 +20,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -33,9 +35,10 @@ from fairseq.registry import import_user_dir
 from fairseq.training.checkpoint_manager import how_to_continue
 from fairseq.training.heartbeat import LOST_STATUS, Heartbeat, LostProcess, end_process
 from fairseq.training.sharding import shard
-from fairseq.training.signals import LONGEST_WAIT, STOP_SIGNALS, STOP_STATUSES, exit_status
+from fairseq.training.signals import LONGEST_WAIT, SAME_SIGINT, STOP_SIGNALS, STOP_STATUSES, exit_status
 from fairseq.utils.devices import choose_device, choose_dtype
 from fairseq.utils.log_lines import log_to
+from fairseq.utils.processes import end_with_parent
 
 logger = logging.getLogger("fairseq.train")
 
@@ -171,17 +174,23 @@ def _start_processes(main: Callable[[Namespace, World], None], args: Namespace, 
     """
     store = _listen(args.distributed_port)
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it says which processes it ends
+    _start_tracker()
     errors = mp.get_context("spawn").SimpleQueue()
     processes = mp.start_processes(
         _worker, (main, args, size, f"127.0.0.1:{store.port}", errors), nprocs=size, join=False, start_method="spawn"
     )
     received: list[int] = []
+    interrupted = math.inf  # when, first
 
     def forward(signum: int, _: FrameType | None) -> None:
-        if signum == signal.SIGINT and signum in received:
+        nonlocal interrupted
+        now = time.monotonic()
+        if signum == signal.SIGINT and now > interrupted + SAME_SIGINT:
             for process in processes.processes:
                 process.kill()
             raise KeyboardInterrupt
+        if signum == signal.SIGINT:
+            interrupted = min(interrupted, now)
         received.append(signum)
         for process in processes.processes:
             process.terminate()  # a terminal sends SIGINT to all of them itself, and two would end them at once
@@ -214,6 +223,15 @@ def _start_processes(main: Callable[[Namespace, World], None], args: Namespace, 
             signal.signal(signum, handler)
         for process in processes.processes:
             process.kill()
+
+
+def _start_tracker() -> None:
+    """Start Python's own process that cleans up after spawned ones, deaf to a signal that goes to all of a job's."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited; it ignores SIGINT and SIGTERM by itself
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _wait_for(processes: list[Any], ended: list[Any]) -> None:
@@ -265,6 +283,7 @@ def _worker(
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
+    end_with_parent(signal.SIGTERM)
     mp.set_start_method(None, force=True)  # data workers start as usual, not by spawning
     if args.cpu or not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))

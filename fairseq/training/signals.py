@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from fairseq.training.distributed import World
 
 LONGEST_WAIT = timedelta(hours=2)  # of processes for one, say while it writes; the heartbeat tells a lost one before
+SAME_SIGINT = 0.3  # seconds: `timeout` and others send it to a process and to its group, which is one Ctrl-C
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last as SLURM is told to send before its limit
 
 
@@ -36,6 +38,7 @@ class StopSignals:
 
     def __init__(self, world: World) -> None:
         self.received = 0  # the first signal that came to this process
+        self._settling = False  # a first SIGINT has come
         self._world = world
         self._previous: dict[int, Any] = {}
         self._group: Any = None
@@ -64,7 +67,9 @@ class StopSignals:
         if self._world.is_master and not self.received:  # not through logging, which this may have interrupted
             os.write(2, b"interrupted: saving a checkpoint; Ctrl-C once more ends it at once\n")
         self.received = self.received or signum
-        if signum == signal.SIGINT:
+        if signum == signal.SIGINT and not self._settling:
+            self._settling = True
+            time.sleep(SAME_SIGINT)  # another one comes here meanwhile
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def _start(self) -> None:

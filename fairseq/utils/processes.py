@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,6 +31,20 @@ def worker_context() -> BaseContext:
     and a process besides, whose end ends them all, starts them.
     """
     return multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+
+
+def end_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Send ``signum`` to this worker when the process that started it has gone: one that is killed cannot end it, and a
+    worker that waits for work, or to be read, would do so for ever.
+    """
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        while parent is None or os.getppid() == parent.pid:
+            time.sleep(1)
+        os.kill(os.getpid(), signum)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def ordered_map(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R]:
@@ -60,6 +77,7 @@ def _start_worker(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    end_with_parent()
 
 
 def _call(task: Any) -> Any:
