@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import gc
 import os
@@ -15,6 +16,7 @@ from fairseq.utils.log_lines import log_to
 
 EXIT_ERROR = 1  # bad input: a file, a value, an impossible request
 EXIT_INTERRUPTED = 130  # Ctrl-C, as a shell reports it
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 Main = Callable[["list[str] | None"], None]
 
@@ -45,7 +47,8 @@ def command(main: Main, logs: TextIO | None = None) -> Main:
             log_to(logs or sys.stderr)
             with out_of_memory_ends("the work goes no further", MORE_MEMORY):
                 main(argv)  # where nothing within says it better
-            sys.stdout.flush()
+            if logs is None and sys.stdout is not None:
+                sys.stdout.flush()
         except FairseqError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_status)
@@ -53,7 +56,22 @@ def command(main: Main, logs: TextIO | None = None) -> Main:
             print("interrupted", file=sys.stderr)
             sys.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:  # the reader of our output has gone: nothing to tell anyone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(EXIT_ERROR)
+        except OSError as error:
+            if error.filename is not None or error.errno not in _UNWRITABLE:  # files are named where they are written
+                raise
+            print(f"error: standard output: cannot write: {error.strerror}", file=sys.stderr)
+            sys.exit(EXIT_ERROR)
+        finally:
+            _let_go_of_output()
 
     return wrapper
+
+
+def _let_go_of_output() -> None:
+    """Where standard output cannot be written, have Python not try again at its end, and complain."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

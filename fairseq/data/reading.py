@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from fairseq.data.batching import shown_ids
 from fairseq.data.translation import Batch, BatchShape, LanguagePairDataset, map_batch
 from fairseq.errors import FairseqError, out_of_memory_ends
-from fairseq.utils.processes import end_with_parent, worker_context
+from fairseq.utils.processes import JOB_SIGNALS, end_with_parent, worker_context
 
 
 class _Arrays:
@@ -58,8 +58,8 @@ def _obey_parent(_: int) -> None:
 
     SIGTERM from the parent itself, which ends its workers so, ends it.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for signum in (signal.SIGINT, *JOB_SIGNALS):
+        signal.signal(signum, signal.SIG_IGN)
     end_with_parent()
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return

@@ -38,7 +38,7 @@ from fairseq.training.sharding import shard
 from fairseq.training.signals import LONGEST_WAIT, SAME_SIGINT, STOP_SIGNALS, STOP_STATUSES, exit_status
 from fairseq.utils.devices import choose_device, choose_dtype
 from fairseq.utils.log_lines import log_to
-from fairseq.utils.processes import end_with_parent
+from fairseq.utils.processes import JOB_SIGNALS, end_with_parent
 
 logger = logging.getLogger("fairseq.train")
 
@@ -226,12 +226,13 @@ def _start_processes(main: Callable[[Namespace, World], None], args: Namespace, 
 
 
 def _start_tracker() -> None:
-    """Start Python's own process that cleans up after spawned ones, deaf to a signal that goes to all of a job's."""
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited; it ignores SIGINT and SIGTERM by itself
+    """Start Python's own process that cleans up after spawned ones, deaf to the signals that go to all of a job's."""
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in JOB_SIGNALS}  # which is inherited
     try:
         resource_tracker.ensure_running()
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _wait_for(processes: list[Any], ended: list[Any]) -> None:

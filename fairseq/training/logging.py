@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fairseq.errors import FairseqError
-from fairseq.utils.log_lines import DATE_FORMAT, LINE_FORMAT
+from fairseq.utils.log_lines import LineHandler, warn_unwritable
 
 Stats = Mapping[str, float | int]
 
@@ -185,7 +186,7 @@ class TrainLog:
         self.log_format = choose_log_format(log_format)
         self.log_interval = log_interval
         self.is_master = is_master
-        self._file: logging.Handler | None = None
+        self._file: LineHandler | None = None
         self._tensorboard: _TensorBoard | None = None
         self._wandb: Any = None
         if not is_master:
@@ -245,6 +246,8 @@ class TrainLog:
         if self._file is not None:
             logging.getLogger().removeHandler(self._file)
             self._file.close()
+            with contextlib.suppress(OSError):  # which its handler has told
+                self._file.stream.close()
         self._tensorboard = self._wandb = self._file = None
 
     def __enter__(self) -> TrainLog:
@@ -298,13 +301,13 @@ class Progress:
         log._record("train_inner", stats, num_updates)
 
 
-def _open_log_file(path: str) -> logging.Handler:
+def _open_log_file(path: str) -> LineHandler:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        stream = open(path, "a", encoding="utf-8")  # noqa: SIM115  (TrainLog closes it)
     except OSError as error:
         raise FairseqError(f"--log-file {path}: cannot write: {error.strerror}") from error
-    handler.setFormatter(logging.Formatter(LINE_FORMAT, DATE_FORMAT))
+    handler = LineHandler(stream, f"--log-file {path}")
     logging.getLogger().addHandler(handler)
     return handler
 
@@ -319,21 +322,36 @@ class _TensorBoard:
             raise FairseqError("--tensorboard-logdir needs TensorBoard: pip install tensorboard") from None
         self._directory, self._make = Path(directory), SummaryWriter
         self._writers: dict[str, Any] = {}
+        self._failed = False
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._on_exception
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FairseqError(f"--tensorboard-logdir {directory}: cannot write: {error.strerror}") from error
 
     def add(self, tag: str, stats: Stats, step: int) -> None:
-        if tag not in self._writers:
-            self._writers[tag] = self._make(str(self._directory / tag))
-        for name, value in stats.items():
-            self._writers[tag].add_scalar(name, value, step)
-        self._writers[tag].flush()
+        if self._failed:
+            return
+        try:
+            if tag not in self._writers:
+                self._writers[tag] = self._make(str(self._directory / tag))
+            for name, value in stats.items():
+                self._writers[tag].add_scalar(name, value, step)
+            self._writers[tag].flush()
+        except OSError as error:
+            self._failed = True
+            warn_unwritable(f"--tensorboard-logdir {self._directory}", error)
 
     def close(self) -> None:
         for writer in self._writers.values():
-            writer.close()
+            with contextlib.suppress(OSError):  # told before
+                writer.close()
+        threading.excepthook = self._excepthook
+
+    def _on_exception(self, found: threading.ExceptHookArgs) -> None:
+        if type(found.thread).__name__ != "_AsyncWriterThread":  # TensorBoard's, whose errors ``add`` gets too
+            self._excepthook(found)
 
 
 def _start_wandb(project: str, config: Mapping[str, Any]) -> Any:

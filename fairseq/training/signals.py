@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 LONGEST_WAIT = timedelta(hours=2)  # of processes for one, say while it writes; the heartbeat tells a lost one before
 SAME_SIGINT = 0.3  # seconds: `timeout` and others send it to a process and to its group, which is one Ctrl-C
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last as SLURM is told to send before its limit
+# Ctrl-C; a scheduler's; a terminal that has gone; as SLURM is told to send before its limit
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def exit_status(signum: int) -> int:
-    """The exit status of a process that was stopped by a signal, as a shell reports it: 130, 143 or 138."""
+    """The exit status of a process that was stopped by a signal, as a shell reports it: 130, 143, 129 or 138."""
     return 128 + signum
 
 
@@ -65,7 +66,8 @@ class StopSignals:
 
     def _note(self, signum: int, _: FrameType | None) -> None:
         if self._world.is_master and not self.received:  # not through logging, which this may have interrupted
-            os.write(2, b"interrupted: saving a checkpoint; Ctrl-C once more ends it at once\n")
+            with contextlib.suppress(OSError):  # of a pipe whose reader the same Ctrl-C has ended
+                os.write(2, b"interrupted: saving a checkpoint; Ctrl-C once more ends it at once\n")
         self.received = self.received or signum
         if signum == signal.SIGINT and not self._settling:
             self._settling = True

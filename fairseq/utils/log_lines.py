@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 from typing import TextIO
 
 from fairseq.errors import FairseqError
 
 LINE_FORMAT, DATE_FORMAT = "%(asctime)s | %(levelname)s | %(name)s | %(message)s", "%Y-%m-%d %H:%M:%S"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+class LineHandler(logging.StreamHandler):
+    """Writes lines while it can. Where a disk is full or a reader has gone, that is said once, on standard error, and
+    the work goes on: it is worth more than its log.
+    """
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        """name: of the stream, for the message."""
+        super().__init__(stream)
+        self.setFormatter(logging.Formatter(LINE_FORMAT, DATE_FORMAT))
+        self._name = name
+        self._said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """As `logging.Handler.handleError`, which is called where an exception is at hand."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._said:
+            self._said = True
+            warn_unwritable(self._name, error)
+
+
+def warn_unwritable(name: str, error: OSError) -> None:
+    """Say on standard error, if that can be written, that ``name`` cannot, and that this ends nothing."""
+    with contextlib.suppress(OSError):
+        print(
+            f"warning: {name}: cannot write: {error.strerror or error}; going on without", file=sys.stderr, flush=True
+        )
 
 
 def log_to(stream: TextIO) -> None:
@@ -20,4 +52,5 @@ def log_to(stream: TextIO) -> None:
     level = os.environ.get("LOGLEVEL", "INFO").upper()
     if level not in LEVELS:
         raise FairseqError(f"LOGLEVEL={level} in the environment: choose from {', '.join(LEVELS)}")
-    logging.basicConfig(level=level, format=LINE_FORMAT, datefmt=DATE_FORMAT, stream=stream)
+    name = "standard output" if stream is sys.stdout else "standard error"
+    logging.basicConfig(level=level, handlers=[LineHandler(stream, name)])

@@ -21,6 +21,8 @@ from fairseq.errors import FairseqError
 T = TypeVar("T")
 R = TypeVar("R")
 
+JOB_SIGNALS = (signal.SIGHUP, signal.SIGUSR1)  # that may come to all processes of a training, besides SIGINT
+
 _function: Callable[[Any], Any]  # of a worker process
 
 
