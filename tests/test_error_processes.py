@@ -147,6 +147,14 @@ def test_more_processes_than_gpus(monkeypatch, capsys, tmp_path, start, flags, e
     assert files(tmp_path) == set()
 
 
+def test_output_for_which_there_is_no_room(tmp_path):
+    (tmp_path / "text").write_text("a b c d e f g h\n")
+    with open("/dev/full", "w") as full:
+        process = begin("score --ref text --sys text", tmp_path, lambda: os.dup2(full.fileno(), 1))
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, "error: standard output: cannot write: No space left on device\n")
+
+
 RULE = """
 import torch
 from fairseq.registry import RESIDUAL_RULES

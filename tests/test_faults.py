@@ -346,6 +346,23 @@ def test_the_command_that_continues_is_told(toy_databin, tmp_path, monkeypatch, 
     assert caplog.messages[-1] == f"stopped after 2 updates: SIGTERM; {said}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_reader_or_a_terminal_that_has_gone(toy_databin, tmp_path, size):
+    """As where Ctrl-C ends `tee`, too: training goes on without its log, and what ends it then saves as ever."""
+    flags = ("--max-epoch", 1000, "--no-epoch-checkpoints", "--distributed-world-size", size)
+    process = start(toy_databin, tmp_path, *flags)
+    wait_for_update(process, tmp_path, 2)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+    wait_for_update(process, tmp_path, max(updates(logged(tmp_path))) + 20)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert last(tmp_path)["optimizer_history"][-1]["num_updates"] >= 20
+
+
 def end_first(process: subprocess.Popen[str]) -> None:
     """Kill a job's first process alone, as the system does when memory runs out; the others must end by themselves."""
     others = psutil.Process(process.pid).children(recursive=True)

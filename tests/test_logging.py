@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import pytest
 from fairseq.cli import score
 from fairseq.errors import FairseqError
 from fairseq.training.logging import Averages, TrainLog, choose_log_format, format_stats
+from fairseq.utils.log_lines import LineHandler
 
 STATS: dict[str, float | int] = {
     "wall": 33.4,
@@ -137,7 +139,7 @@ def test_json_lines(caplog: pytest.LogCaptureFixture) -> None:
 def test_bar_and_log_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "200")
-    path = tmp_path / "logs" / "train.log"
+    path, handlers = tmp_path / "logs" / "train.log", list(logging.getLogger().handlers)
     with TrainLog(None, 2, log_file=str(path)) as log, log.progress(3, 8, start=2) as progress:
         for _ in range(4):
             progress.update()
@@ -147,7 +149,7 @@ def test_bar_and_log_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert "epoch 003:" in shown.err and "6/8" in shown.err
     assert "loss=9.9, ppl=789.24, wps=12345, ups=3.2, lr=1e-05, gnorm=2.3" in shown.err
     assert path.read_text().endswith(f"| INFO | train_inner | epoch 003:      6 / 8 {LINE.replace('=100', '=6')}\n")
-    assert not [h for h in logging.getLogger().handlers if getattr(h, "baseFilename", "") == str(path)]
+    assert logging.getLogger().handlers == handlers
 
 
 def test_log_file_gets_each_line_once(tmp_path: Path) -> None:
@@ -158,6 +160,43 @@ def test_log_file_gets_each_line_once(tmp_path: Path) -> None:
     assert [line.split(" | ", 1)[1] for line in path.read_text().splitlines()] == [
         "INFO | train | epoch 001 | loss 9.5 | num_updates 8"
     ] * 2
+
+
+class Full:
+    """What TensorBoard's writer is, and a stream too, on a full disk; it notes what it was asked for."""
+
+    def __init__(self, *_: object) -> None:
+        self.asked = 0
+
+    def write(self, *_: object) -> None:
+        self.asked += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    add_scalar = flush = close = write
+
+
+def test_lines_that_cannot_be_written_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    full: Any = Full()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda _: full))
+    with TrainLog("simple", log_file=str(tmp_path / "log"), tensorboard_logdir=str(tmp_path / "tb")) as log:
+        console = LineHandler(full, "standard output")
+        logging.getLogger("train").addHandler(console)
+        file = log._file
+        assert file is not None
+        stream, file.stream = file.stream, full
+        for update in range(3):
+            log.summary("train", 1, STATS, update, validation=False)
+            if update == 1:
+                file.stream = stream  # there is room again
+    logging.getLogger("train").removeHandler(console)
+    warned = capsys.readouterr().err.splitlines()
+    assert warned == [
+        f"warning: {name}: cannot write: No space left on device; going on without"
+        for name in ("standard output", f"--log-file {tmp_path}/log", f"--tensorboard-logdir {tmp_path}/tb")
+    ]
+    assert len((tmp_path / "log").read_text().splitlines()) == 1
 
 
 def test_none_and_other_processes_are_silent(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
