@@ -386,6 +386,7 @@ ELSEWHERE = {
     "checkpoint * was trained with --init-type": "test_own_rules.py::test_resuming_with_another_init_type",
     "checkpoint *: '*' is no": "test_own_rules.py::test_a_checkpoint_with_a_value_that_the_flag_refuses",
     "checkpoint *: no permission": "test_error_processes.py::test_a_checkpoint_that_may_not_be_read",
+    "--save-dir *: another": "test_faults.py::test_two_trainings_in_one_directory",
     "--wandb-project *": "test_error_processes.py::test_weights_and_biases_refuses",
     "out of memory": "test_out_of_memory.py::test_memory_that_is_really_not_there",
     "*out of memory*, and": "test_out_of_memory.py::test_what_several_processes_cannot_survive_ends_them",

@@ -234,6 +234,20 @@ def test_a_data_bin_grows_to_its_end(tmp_path, monkeypatch):
     assert files(destdir) == expected | {"dict.en.txt", "dict.de.txt"}
 
 
+@pytest.mark.slow
+def test_two_trainings_in_one_directory(toy_databin, tmp_path, capsys):
+    """The second, of two processes, is refused, and the first does not notice."""
+    flags = (*LONG, "--save-interval-updates", 1)
+    first = start(toy_databin, tmp_path, *flags)
+    wait_for_update(first, tmp_path, 1)
+    first.send_signal(signal.SIGSTOP)
+    argv = command_line(toy_databin, tmp_path, *flags, "--distributed-world-size", 2)
+    assert_fails(capsys, 1, "another training is running there", *argv)
+    first.send_signal(signal.SIGCONT)
+    _, errors = first.communicate(timeout=60)
+    assert (first.returncode, errors) == (0, "")
+
+
 # -- signals
 
 

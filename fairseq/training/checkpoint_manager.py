@@ -5,11 +5,12 @@ Files are written beside training unless that is turned off. Old ones go when th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fairseq.errors import FairseqError, OutOfMemory, out_of_memory_ends
 from fairseq.options import LAST, CheckpointConfig
 from fairseq.training.async_save import BackgroundWriter, to_host
 from fairseq.training.logging import as_shown
-from fairseq.utils.io import atomic_copy, remove_unfinished
+from fairseq.utils.io import atomic_copy, locked_directory, remove_unfinished
 
 logger = logging.getLogger("fairseq.checkpoint")
 
@@ -56,6 +57,20 @@ class CheckpointManager:
                 remove_unfinished(self.directory, "checkpoint")
             except OSError as error:
                 raise FairseqError(f"--save-dir {cfg.save_dir}: cannot make it: {error.strerror}") from error
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """A block in which no other training saves to the directory. Raises FairseqError when one does."""
+        with contextlib.ExitStack() as stack:
+            if not self.cfg.no_save:
+                try:
+                    stack.enter_context(locked_directory(self.directory, wait=False))
+                except BlockingIOError:
+                    raise FairseqError(
+                        f"--save-dir {self.cfg.save_dir}: another training is running there; wait for it to end, stop "
+                        "it, or take another directory"
+                    ) from None
+            yield
 
     def _shown(self, value: float) -> float:
         """The validation metric as log lines show it: as in fairseq, smaller differences do not count."""

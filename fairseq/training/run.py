@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import time
@@ -207,7 +208,8 @@ class TrainingRun:
         ``signals.exit_status``.
         """
         self.trainer.epoch = self.itr.epoch
-        with self.signals, self.checkpoints.writer:
+        alone = self.checkpoints.alone() if self.world.is_master else contextlib.nullcontext()
+        with alone, self.signals, self.checkpoints.writer:
             unfinished, self.unfinished = self.unfinished, None
             stop = self._after_update(*unfinished) if unfinished is not None else ""
             stop = stop or self._limit_reached(between_epochs=self.itr.updates_done(1) == 0)

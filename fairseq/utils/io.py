@@ -128,11 +128,14 @@ def temporary_directory(parent: str | os.PathLike[str], prefix: str) -> Iterator
 
 
 @contextlib.contextmanager
-def locked_directory(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Wait until no other process is in such a block with ``path``; of no effect where directories have no locks."""
+def locked_directory(path: str | os.PathLike[str], wait: bool = True) -> Iterator[None]:
+    """A block that no two processes are in with ``path`` at a time; of no effect where directories have no locks.
+
+    wait: until another one has left it; else raise BlockingIOError.
+    """
     fd = os.open(path, os.O_RDONLY)
     try:
-        _lock(fd)
+        _lock(fd, wait)
         yield
     finally:
         os.close(fd)
@@ -158,10 +161,14 @@ def _umask() -> int:
     return umask
 
 
-def _lock(fd: int) -> None:
+def _lock(fd: int, wait: bool = True) -> None:
     """Hold an open file or directory. The system lets go of it when the process ends, however it does."""
-    with contextlib.suppress(OSError):  # some network file systems have no locks
-        fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # some network file systems have no locks
+        pass
 
 
 def _is_in_use(path: Path) -> bool:
