@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ import pytest
 from fairseq.cli import score
 from fairseq.errors import FairseqError
 from fairseq.training.logging import Averages, TrainLog, choose_log_format, format_stats
-from fairseq.utils.log_lines import LineHandler
+from fairseq.utils.log_lines import LineHandler, log_to
 
 STATS: dict[str, float | int] = {
     "wall": 33.4,
@@ -197,6 +198,14 @@ def test_lines_that_cannot_be_written_are_left_out(
         for name in ("standard output", f"--log-file {tmp_path}/log", f"--tensorboard-logdir {tmp_path}/tb")
     ]
     assert len((tmp_path / "log").read_text().splitlines()) == 1
+
+
+def test_output_is_utf_8_in_every_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    log_to(sys.stdout)
+    print("Mädchen", "\udcff", flush=True)  # the latter as in a file name that is not UTF-8
+    assert raw.getvalue() == "Mädchen \\udcff\n".encode()
 
 
 def test_none_and_other_processes_are_silent(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

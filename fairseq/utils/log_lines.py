@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -47,8 +48,11 @@ def warn_unwritable(name: str, error: OSError) -> None:
 def log_to(stream: TextIO) -> None:
     """Write this process's log lines to ``stream``, from the level on that the environment's LOGLEVEL names.
 
-    Raises FairseqError for a level that is none.
+    They, and all output, are UTF-8 as all text is, whatever the locale. Raises FairseqError for a level that is none.
     """
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(encoding="utf-8", errors="backslashreplace")
     level = os.environ.get("LOGLEVEL", "INFO").upper()
     if level not in LEVELS:
         raise FairseqError(f"LOGLEVEL={level} in the environment: choose from {', '.join(LEVELS)}")
