@@ -86,7 +86,7 @@ def test_reading_back_is_noticed(monkeypatch):
 
     def reads(batch):
         loss, nll = losses(batch)
-        return loss * float(loss), nll
+        return loss * float(loss.detach()), nll
 
     trainer.losses = reads
     with pytest.raises(RuntimeError, match="meta tensors"):

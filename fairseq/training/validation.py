@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
@@ -29,6 +30,8 @@ from fairseq.training.losses import SUMS, batch_losses, batch_sums
 from fairseq.training.precision import autocast
 from fairseq.utils.flags import parse_value
 
+logger = logging.getLogger("fairseq.train")
+
 SMALLER_BATCHES = "lower --max-tokens-valid"
 # fairseq's words for <unk>: different ones, and one token each to sacrebleu, which would cut <unk> into three
 UNKNOWN_IN_REFERENCE, UNKNOWN_IN_HYPOTHESIS = "UNKNOWNTOKENINREF", "UNKNOWNTOKENINHYP"
@@ -39,7 +42,10 @@ class ValidationInterrupted(Exception):
 
 
 class Validator:
-    """Opens the validation subsets once and measures a model on them as often as asked; one instance a process."""
+    """Opens the validation subsets once and measures a model on them as often as asked; one instance a process.
+
+    The model is left in evaluation mode.
+    """
 
     def __init__(
         self,
@@ -102,7 +108,6 @@ class Validator:
 
         watch: takes the batches and their number, and yields them again, to show progress.
         """
-        was_training = self.model.training
         self.model.eval()
         averages = Averages()
         sums = torch.zeros(len(SUMS) + 2, dtype=torch.float64, device=self.world.device)
@@ -125,7 +130,6 @@ class Validator:
             stats |= {"wpb": totals["ntokens"] / steps, "bsz": totals["nsentences"] / steps}
         if self.args.eval_bleu:
             stats["bleu"] = self._bleu(name)
-        self.model.train(was_training)
         return stats
 
     def _read(self, name: str) -> Iterable[Batch]:
@@ -153,7 +157,8 @@ class Validator:
                     )
                 )
         if self.args.eval_bleu_print_samples and pairs and self.world.is_master:
-            print(f"example hypothesis: {pairs[0][1]}\nexample reference: {pairs[0][0]}", flush=True)
+            logger.info(f"example hypothesis: {pairs[0][1]}")
+            logger.info(f"example reference: {pairs[0][0]}")
         parts: list[Any] = [None if self.interrupted() else pairs]
         if self.world.size > 1:
             mine, parts = parts[0], [None] * self.world.size
