@@ -41,6 +41,8 @@ _OLD_LAYER_NORMS = {  # up to fairseq 0.6
 }
 # fairseq 0.12.2 keeps these beside the parameters they repeat, for a fast path, and does not train them
 _FAST_PATH = re.compile(r"^encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
+# in fairseq 0.8's decoders of another width than the encoder, attention to which cannot be fused
+_SEPARATE = re.compile(r"(?<=_attn\.[qkv])_proj_weight$")
 _LAYER = re.compile(r"^(encoder|decoder)\.layers\.(\d+)\.(.+)$")
 _POSITIONS = re.compile(r"^(encoder|decoder)\.embed_positions\.(_float_tensor|weights)$")
 _VERSION = 3.0  # fairseq takes a stack without a version for one whose final LayerNorm is to be dropped
@@ -116,7 +118,7 @@ def _split_fused(rest: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
             attention = rest[: -len(fused)]
             names = ("q_proj", "k_proj", "v_proj")
             return [(f"{attention}{n}.{kind}", part) for n, part in zip(names, tensor.chunk(3), strict=True)]
-    return [(rest, tensor)]
+    return [(_SEPARATE.sub(r"_proj.weight", rest), tensor)]
 
 
 def _layer_name(stack: str, rest: str) -> str:
