@@ -465,6 +465,21 @@ def test_fused_and_old_names():
     assert_same(dict(model.state_dict()), dict(other.state_dict()))
 
 
+def test_names_of_a_wider_decoder():
+    """What fairseq 0.8.0 calls the attention of a decoder of 12 dimensions to an encoder of 8, which it cannot fuse."""
+    shapes = {"k_proj_weight": (12, 8), "v_proj_weight": (12, 8), "q_proj_weight": (12, 12), "in_proj_bias": (36,)}
+    layer, current = "decoder.layers.0.encoder_attn.", to_fairseq(build(decoder_embed_dim=12).state_dict())
+    theirs = {name: tensor for name, tensor in current.items() if not re.match(layer + "[qkv]_proj", name)}
+    theirs |= {layer + name: torch.rand(shape) for name, shape in shapes.items()}
+    other = build(decoder_embed_dim=12)
+    load_parameters(other, from_fairseq(theirs), "old")
+    attention = other.decoder.layers[0].encoder_attn
+    for part, number in (("q", 0), ("k", 1), ("v", 2)):
+        projection = getattr(attention, f"{part}_proj")
+        assert torch.equal(projection.weight, theirs[f"{layer}{part}_proj_weight"])
+        assert torch.equal(projection.bias, theirs[layer + "in_proj_bias"][12 * number :][:12])
+
+
 @pytest.mark.parametrize("name", ["fairseq08_postln_3x3.pt", "fairseq08_admin_1x1_full.pt", "fairseq012_tiny.pt"])
 def test_our_names_are_the_originals(shared, name):
     state = load_checkpoint(shared / "reference" / name)
@@ -530,6 +545,9 @@ def test_continuing_an_original(shared, tmp_path):
     for key in ("exp_avg", "exp_avg_sq"):
         parts = [by_name[f"encoder.layers.0.self_attn.{part}_proj.weight"][key] for part in "qkv"]
         assert torch.equal(torch.cat(parts), fused[key])
+    fused["exp_avg_sq_col"] = fused["exp_avg_sq"].mean(dim=0)  # adafactor's, of all three at once
+    with pytest.raises(ValueError, match=r"exp_avg_sq_col of encoder\.layers.*three matrices"):
+        from_fairseqs(state["last_optimizer_state"], state["model"], model)
     lines = train(databin, tmp_path, "--restore-file", path, "--reset-optimizer", "--max-update", 2, *flags)
     assert sorted(updates(lines)) == [1, 2]
     assert last(tmp_path)["extra_state"]["train_iterator"]["epoch"] == 1

@@ -19,12 +19,14 @@ from fairseq.cli.export import main
 from fairseq.export.self_check import ROWS, check_agreement, random_batch
 from fairseq.models import TransformerModel
 from fairseq.models.config import TransformerConfig
-from fairseq.models.state_dict import to_fairseq
+from fairseq.models.state_dict import fused, to_fairseq
 from fairseq.models.transformer import Transformer
 from tests import training_runs
 from tests.test_fold import largest_difference, logits, residuals, trained_like
 from tests.toys import VOCAB, toy_model, toy_sentences, write_toy_checkpoint, write_toy_databin
 from tests.training_runs import assert_same, last, load, train
+
+SEPARATE = {f"{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias")}
 
 
 def admin_model(**settings: object) -> Transformer:
@@ -138,19 +140,15 @@ def test_without_positions_there_is_nothing_of_them(toy_databin, tmp_path):
 
 def test_names_and_shapes_are_fairseqs(shared):
     """A folded model's against a checkpoint of fairseq's own, of the same structure."""
-    theirs: dict[str, tuple[int, ...]] = {}
-    for name, tensor in load_checkpoint(shared / "reference" / "fairseq08_postln_3x3.pt")["model"].items():
-        if "in_proj_" in name:  # 0.9 and later have three matrices
-            for part in "qkv":
-                theirs[name.replace("in_proj_", f"{part}_proj.")] = (tensor.size(0) // 3, *tensor.shape[1:])
-        else:
-            theirs[name] = tuple(tensor.shape)
+    state = load_checkpoint(shared / "reference" / "fairseq08_postln_3x3.pt")["model"]
+    theirs = {name: tuple(tensor.shape) for name, tensor in state.items()}
     sizes = {"layers": 3, "embed_dim": 256, "ffn_embed_dim": 512, "attention_heads": 4}
     shape = {f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in sizes.items()}
     model = Transformer(TransformerConfig(**shape, share_all_embeddings=True, init_type="adaptive"), 9712, 9712)
 
     def shapes() -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in to_fairseq(admin.fold(model).state_dict()).items()}
+        exported = fused(to_fairseq(admin.fold(model).state_dict()))
+        return {name: tuple(tensor.shape) for name, tensor in exported.items()}
 
     for residual in residuals(model):
         nn.init.constant_(residual.omega, 2.0)
@@ -163,6 +161,25 @@ def test_names_and_shapes_are_fairseqs(shared):
         del theirs[f"{stack_name}.embed_positions._float_tensor"]
         theirs[f"{stack_name}.embed_positions.weight"] = (1026, 256)
     assert shapes() == theirs | {"decoder.embed_out": (9712, 256)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "encoder_attn"),
+    [
+        ({"init_type": "default"}, {"in_proj_weight", "in_proj_bias"}),
+        ({"init_type": "default", "share_all_embeddings": False, "decoder_embed_dim": 24}, SEPARATE),
+        ({"init_type": "default", "no_scale_embedding": True}, SEPARATE),
+        ({"init_type": "deepnet"}, SEPARATE),
+    ],
+    ids=str,
+)
+def test_fairseq_08_gets_what_it_knows(tmp_path, settings, encoder_attn):
+    """It takes a model of another rule, or without scaled embeddings, for an ordinary one, if the names are its own."""
+    path = write_toy_checkpoint(admin_model(**settings), tmp_path / "trained.pt")
+    export(path, "--output", tmp_path / "out.pt")
+    layer = "decoder.layers.1.encoder_attn."
+    names = {name.removeprefix(layer) for name in load(tmp_path / "out.pt")["model"] if name.startswith(layer)}
+    assert names == encoder_attn | {"out_proj.weight", "out_proj.bias"}
 
 
 # -- translating with it

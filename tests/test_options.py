@@ -101,6 +101,8 @@ def test_defaults_are_fairseqs():
         (("--max-sentences-valid", "7"), "batch_size_valid", 7),
         (("--min-lr", "1e-9"), "stop_min_lr", 1e-9),
         (("--learning-rate", "0.5"), "lr", [0.5]),
+        (("--me", "5"), "max_epoch", 5),
+        (("--mu", "70"), "max_update", 70),
         (("--no-progress-bar",), "no_progress_bar", True),
         (("-s", "de", "-a", "transformer_tiny"), "source_lang", "de"),
         (("--wd", "0.01"), "weight_decay", 0.01),
@@ -126,7 +128,7 @@ def test_spellings(old, name, value):
 
 @pytest.mark.parametrize("command", ["preprocess", "train", "validate", "generate", "interactive"])
 def test_fairseqs_flags_are_there_or_answered(command, capsys):
-    """fairseq_flags.txt: what 0.12.2's parsers of the translation task have, with Adam and inverse_sqrt."""
+    """fairseq_flags.txt: what 0.12.2's parsers of the translation task have, with Adam and inverse_sqrt, or 0.8.0's."""
     text = (ROOT / "tests/fairseq_flags.txt").read_text()
     [theirs] = [part.split() for part in text.split("fairseq-") if part.startswith(command)]
     main = importlib.import_module(f"fairseq.cli.{command}").main
@@ -153,6 +155,7 @@ def test_fairseqs_flags_are_there_or_answered(command, capsys):
         (("--optimizer", "sgd", "--adam-betas", "(0.9, 0.98)"), "--adam-betas"),
         (("--optimizer", "adam", "--momentum", "0.9"), "--momentum"),
         (("--lr-scheduler", "fixed", "--power", "2"), "--power"),
+        (("--lr-scheduler", "cosine", "--fa", "2"), "(--fa: a flag of --lr-scheduler fixed)"),
         (
             ("--criterion", "cross_entropy", "--label-smoothing", "0.1"),
             "(--label-smoothing: a flag of --criterion label_smoothed_cross_entropy)",

@@ -1,4 +1,4 @@
-"""Checkpoints that plain fairseq, 0.9 to 0.12, reads and translates with."""
+"""Checkpoints that plain fairseq, 0.8 to 0.12, reads and translates with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fairseq.errors import FairseqError
 from fairseq.export.plain import refuse_flags
 from fairseq.export.self_check import ROWS, check_agreement
 from fairseq.models.config import TransformerConfig
-from fairseq.models.state_dict import to_fairseq
+from fairseq.models.state_dict import fused, to_fairseq
 from fairseq.options import ExportConfig
 
 # Settings kept besides the model's. How it was trained is left out: fairseq 0.12 checks every setting that it finds.
@@ -45,6 +45,8 @@ def export_fairseq(config: ExportConfig) -> list[str]:
     exported = admin.fold(model) if fold else model
     args = _settings(state["args"], exported.cfg)
     parameters = to_fairseq(exported.state_dict(), positions=not exported.cfg.no_token_positional_embeddings)
+    if exported.cfg.init_type in PLAIN and not exported.cfg.no_scale_embedding:  # 0.8 would take others for such a one
+        parameters = fused(parameters)
     written = build_from_checkpoint({"args": args, "model": parameters}, path)
     agreement = check_agreement(model, lambda src, prev: written(src, None, prev)[0])
     new = without_optimizer(state) | {"args": stored_settings(args), "model": parameters}

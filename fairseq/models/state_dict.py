@@ -41,6 +41,10 @@ _OLD_LAYER_NORMS = {  # up to fairseq 0.6
 }
 # fairseq 0.12.2 keeps these beside the parameters they repeat, for a fast path, and does not train them
 _FAST_PATH = re.compile(r"^encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
+_PARTS = ("q", "k", "v")  # of a fused projection, in this order
+_FIRST_OF_THREE = re.compile(r"^(.+_attn\.)q_proj\.weight$")
+# in fairseq 0.8's decoders of another width than the encoder, attention to which cannot be fused
+_SEPARATE = re.compile(r"(?<=_attn\.[qkv])_proj_weight$")
 _LAYER = re.compile(r"^(encoder|decoder)\.layers\.(\d+)\.(.+)$")
 _POSITIONS = re.compile(r"^(encoder|decoder)\.embed_positions\.(_float_tensor|weights)$")
 _VERSION = 3.0  # fairseq takes a stack without a version for one whose final LayerNorm is to be dropped
@@ -70,6 +74,21 @@ def to_fairseq(state: Mapping[str, Tensor], positions: bool = True) -> dict[str,
         out[f"{stack}.version"] = torch.tensor([_VERSION])
         if positions and f"{stack}.embed_positions.weight" not in out:
             out[f"{stack}.embed_positions._float_tensor"] = torch.zeros(1)
+    return out
+
+
+def fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``to_fairseq``'s result with the three projections of each attention in one, as fairseq 0.8 has them; later
+    versions read that too. Those of a decoder of another width than the encoder cannot be one.
+    """
+    out = dict(state)
+    for name in state:
+        if not (match := _FIRST_OF_THREE.match(name)):
+            continue
+        parts = {kind: [f"{match[1]}{part}_proj.{kind}" for part in _PARTS] for kind in ("weight", "bias")}
+        if len({state[part].shape for part in parts["weight"]}) == 1:
+            for kind, names in parts.items():
+                out[f"{match[1]}in_proj_{kind}"] = torch.cat([out.pop(part) for part in names])
     return out
 
 
@@ -114,9 +133,8 @@ def _split_fused(rest: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
             if tensor.dim() == 0 or tensor.size(0) % 3 or tensor.size(0) == 0:
                 raise FairseqError(f"parameter {rest} of shape {tuple(tensor.shape)} is not three in one")
             attention = rest[: -len(fused)]
-            names = ("q_proj", "k_proj", "v_proj")
-            return [(f"{attention}{n}.{kind}", part) for n, part in zip(names, tensor.chunk(3), strict=True)]
-    return [(rest, tensor)]
+            return [(f"{attention}{n}_proj.{kind}", part) for n, part in zip(_PARTS, tensor.chunk(3), strict=True)]
+    return [(_SEPARATE.sub(r"_proj.weight", rest), tensor)]
 
 
 def _layer_name(stack: str, rest: str) -> str:

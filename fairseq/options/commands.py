@@ -35,7 +35,7 @@ from fairseq.options.training import (
     ValidationConfig,
 )
 from fairseq.registry import CRITERIONS, LR_SCHEDULERS, OPTIMIZERS, RESIDUAL_RULES, Registry, import_user_dir
-from fairseq.utils.flags import add_flags, flags_of, from_namespace, spellings_of
+from fairseq.utils.flags import add_flags, from_namespace, spellings_of
 
 Sections: TypeAlias = tuple[tuple[type, str], ...]  # dataclasses, each with the title of its group in --help
 
@@ -250,7 +250,7 @@ def _add_component_flags(
             title = f"{registry.kind} {', '.join(name for name in registry.names() if registry.config(name) is config)}"
             added |= add_flags(parser, config, title, suppress_defaults=suppress_defaults, skip=added)
         else:
-            parser.others |= dict.fromkeys(flags_of(config), f"{chooser} {entry}")
+            parser.others |= dict.fromkeys(spellings_of(config), f"{chooser} {entry}")
     return added
 
 

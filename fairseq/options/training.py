@@ -57,8 +57,8 @@ class ValidationConfig:
 class OptimizationConfig:
     """How long and how fast to train."""
 
-    max_epoch: int = flag(0, "stop after this epoch (0: no limit)", least=0)
-    max_update: int = flag(0, "stop after this many updates (0: no limit)", least=0)
+    max_epoch: int = flag(0, "stop after this epoch (0: no limit)", "--me", least=0)
+    max_update: int = flag(0, "stop after this many updates (0: no limit)", "--mu", least=0)
     stop_min_lr: float = flag(
         -1.0, "stop after an epoch at whose end the learning rate has fallen to this (negative: never)"
     )

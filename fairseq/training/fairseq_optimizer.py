@@ -45,6 +45,8 @@ def from_fairseqs(state: Mapping[str, Any], stored: Mapping[str, Tensor], model:
     for number, name in zip(numbers, names, strict=True):
         for key, value in entries_of.get(number, {}).items():
             if isinstance(value, Tensor) and value.dim():
+                if name.endswith("in_proj_weight") and value.shape != stored[name].shape:  # adafactor
+                    raise ValueError(f"its {key} of {name} is that of three matrices as one")
                 kinds.setdefault(key, {})[name] = value
             elif key == "step":
                 steps.append(int(value))
