@@ -131,7 +131,7 @@ def test_skipped_updates(toy_databin, flags, lazy, caplog):
         line.pop("num_updates", None)
     _agree(result, expected)
     assert sum(line["skipped"] for line in result) == 5
-    assert (trainer.num_updates, trainer.skipped, trainer.optimizer._updates) == (23, 5, 23)
+    assert (trainer.num_updates, trainer.skipped.count, trainer.optimizer._updates) == (23, 5, 23)
     assert [record.message for record in caplog.records if "skipped" in record.message] == said
     for name, tensor in _tensors(eager).items():
         if not name.endswith("k_proj.bias"):

@@ -67,7 +67,7 @@ def _run(databin: Path, rank: int, name: str) -> dict[str, Any]:
         "parameters": parameters,
         "repeated": recorder.repeated,
         "eager ends": len(eager_ends),
-        "counts": (trainer.num_updates, trainer.skipped),
+        "counts": (trainer.num_updates, trainer.skipped.count),
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fairseq.data.reading import describe_batch
 from fairseq.errors import FairseqError
 from fairseq.optim.optimizers import Adam
+from fairseq.training import skipping
 from fairseq.training import trainer as trainer_module
 from fairseq.training.divergence import ForwardTrace, advice, first_nonfinite_gradient
 from fairseq.training.trainer import Trainer
@@ -74,8 +75,8 @@ def test_a_skipped_update_leaves_no_trace(toy_databin, optimizer, on_device, gra
     # the device is believed, but not right after an update that it has skipped
     assert done == ([True, True, True, True, False, True, True] if on_device else [i in (1, 2, 5) for i in range(7)])
     stats = trainer.take_stats()
-    assert (stats["updates"], stats["skipped"], trainer.num_updates, trainer.skipped) == (3, 4, 3, 4)
-    assert trainer.nonfinite_in_a_row == 1
+    assert (stats["updates"], stats["skipped"], trainer.num_updates, trainer.skipped.count) == (3, 4, 3, 4)
+    assert trainer.skipped.in_a_row == 1
     clean, _ = trainer_and_batches(toy_databin, *flags)
     assert run_updates(clean, [batches[i] for i in (1, 2, 5)]) == [True] * 3
     assert_same(state_of(trainer), state_of(clean))
@@ -99,7 +100,7 @@ def test_looking_and_skipping_on_the_device_are_the_same_with_dropout(toy_databi
         trainers.append(trainer)
     assert_same(*map(state_of, trainers))
     assert trainers[0].take_stats() == trainers[1].take_stats()
-    assert trainers[0].skipped == 2
+    assert trainers[0].skipped.count == 2
 
 
 def test_step_unless_is_a_step_or_nothing():
@@ -258,7 +259,7 @@ def test_the_second_look_draws_the_same_dropout_and_disturbs_nothing(toy_databin
     seen: list[Tensor] = []
     trainer.model.encoder.embed_dropout.register_forward_hook(lambda *call: seen.append(call[2].detach()))
     states: list[Any] = []
-    original = trainer_module.find_break
+    original = skipping.find_break
 
     def watched(*arguments: Any) -> str:
         def now() -> list[Any]:
@@ -269,7 +270,7 @@ def test_the_second_look_draws_the_same_dropout_and_disturbs_nothing(toy_databin
         states.append(now())
         return found
 
-    monkeypatch.setattr(trainer_module, "find_break", watched)
+    monkeypatch.setattr(skipping, "find_break", watched)
     poison(trainer.model.decoder.layers[0].feed_forward.fc2, {1, 2}, gradient=True)
     with pytest.raises(FairseqError, match=r"backward pass, is that of decoder.layers.0.feed_forward.fc2"):
         trainer.train_step(next(itr.updates(1)))

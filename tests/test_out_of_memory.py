@@ -113,7 +113,7 @@ def test_a_batch_without_memory_is_left_out(toy_databin, caplog, backward):
     stats = trainer.take_stats()
     assert (stats["updates"], stats["ooms"], stats["skipped"]) == (2, 1, 1)
     assert "update 2 skipped: none of its batches fitted into memory" in caplog.messages
-    assert trainer.nonfinite_in_a_row == 0
+    assert trainer.skipped.in_a_row == 0
     where = "backward" if backward else "forward"
     assert f"out of memory in the {where} pass on {describe_batch(batches[1])}: left out" in caplog.text
     ids = ", ".join(map(str, batches[1]["id"][:10].tolist()))

@@ -98,7 +98,7 @@ class UpdateGraphs(Graphs):
         """
         trainer = self._trainer
         with self._recorder.on_stream():
-            if trainer.nonfinite_in_a_row:
+            if trainer.skipped.in_a_row:
                 return trainer.eager_step(micro_batches)
             batches = [batch for batch in micro_batches if batch is not None]
             ready = self._ready(batches)

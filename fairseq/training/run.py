@@ -198,8 +198,8 @@ class TrainingRun:
         if not self.args.reset_lr_scheduler:
             self.trainer.num_updates = int(history["num_updates"])
             extra = state.get("extra_state") or {}
-            self.trainer.skipped = int(extra.get("skipped_updates", 0))
-            self.trainer.nonfinite_in_a_row = int(extra.get("nonfinite_in_a_row", 0))
+            self.trainer.skipped.count = int(extra.get("skipped_updates", 0))
+            self.trainer.skipped.in_a_row = int(extra.get("nonfinite_in_a_row", 0))
 
     def train(self) -> None:
         """Epochs until a limit is reached. Raises FairseqError when training diverges or a file cannot be written.
@@ -387,8 +387,8 @@ class TrainingRun:
                 "val_loss": value,
                 "best": self.checkpoints.best,
                 "bad_validations": self.bad_validations,
-                "skipped_updates": trainer.skipped,
-                "nonfinite_in_a_row": trainer.nonfinite_in_a_row,
+                "skipped_updates": trainer.skipped.count,
+                "nonfinite_in_a_row": trainer.skipped.in_a_row,
                 "interval_stats": self.interval_stats.state_dict(),
                 "epoch_stats": self.epoch_stats.state_dict(),
                 "train_wall": self.train_wall,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,12 +34,12 @@ from fairseq.training.activations import apply_memory_flags
 from fairseq.training.capture import uses_graphs, with_graphs
 from fairseq.training.compile import compile_layers
 from fairseq.training.distributed import AFTERWARDS, World
-from fairseq.training.divergence import advice, find_break
 from fairseq.training.gradients import FlatGradients
 from fairseq.training.losses import SUMS, batch_losses, batch_sums
 from fairseq.training.out_of_memory import smallest_batch
-from fairseq.training.precision import ConvertedWeights, DynamicLossScaler, make_loss_scaler
+from fairseq.training.precision import ConvertedWeights, make_loss_scaler
 from fairseq.training.sharding import gather, local, scatter_optimizer_state
+from fairseq.training.skipping import SkippedUpdates
 from fairseq.training.transfer import on_its_way_to_host
 from fairseq.utils.flags import from_namespace
 from fairseq.utils.sharded import is_sharded
@@ -90,8 +89,7 @@ class Trainer:
         micro_batches = world.size * self.cfg.update_freq[0]
         self.scaler = make_loss_scaler(section(TrainLogConfig, args), micro_batches) if args.fp16 else None
         self.num_updates = 0
-        self.skipped = 0  # updates that changed nothing, since training started
-        self.nonfinite_in_a_row = 0  # of the last ones
+        self.skipped = SkippedUpdates(self)
         self.epoch = 1
         self._ooms_in_a_row = 0
         self._stats = torch.zeros(len(STATS), dtype=torch.float64, device=world.device)
@@ -203,7 +201,8 @@ class Trainer:
         So a resumed run goes on as if never stopped, and two processes draw what one with twice --update-freq draws.
         """
         place = micro_batch * self.world.size + self.world.rank
-        seed = np.random.SeedSequence([self.args.seed, self.num_updates + self.skipped, place]).generate_state(1)[0]
+        update = self.num_updates + self.skipped.count
+        seed = np.random.SeedSequence([self.args.seed, update, place]).generate_state(1)[0]
         torch.default_generator.manual_seed(int(seed))  # torch.manual_seed formats its caller's stack for GPUs
         if self.world.device.type == "cuda":
             torch.cuda.manual_seed(int(seed))
@@ -261,16 +260,16 @@ class Trainer:
         factor = self.normalise(sums)
         self._read_outcome()
         gradients = self._gradients()  # none where no batch fitted into memory
-        look = self._check_every_update or self.nonfinite_in_a_row > 0 or not gradients
+        look = self._check_every_update or self.skipped.in_a_row > 0 or not gradients
         if look and self.outcome[0]:
-            self._skip(self.outcome.tolist(), micro_batches)
+            self.skipped.add(self.outcome.tolist(), micro_batches)
             return False
         torch._foreach_mul_(gradients, factor)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         if look:
             self.optimizer.step()
-            self.nonfinite_in_a_row = 0
+            self.skipped.in_a_row = 0
         else:
             assert isinstance(self.optimizer, Adam)
             self.optimizer.step_unless(self.outcome[0])
@@ -320,6 +319,14 @@ class Trainer:
         self.clear_gradients()
         return result
 
+    def loss_again(self, batch: Batch | None, index: int) -> Tensor:
+        """The loss that micro-batch number ``index`` of an update had, a scalar."""
+        if batch is None:
+            assert self.dummy_batch is not None
+            batch = self.dummy_batch()
+        self.seed(index)
+        return batch_losses(self.model, self.criterion, batch, self.args, self.world.device)[0]
+
     def loss_and_norm(self, sums: Tensor) -> list[float]:
         """Loss and gradient norm of ``sums`` and of the gradients that are there; waits for the device."""
         _, gnorm = self._norm(sums[3] if self.cfg.sentence_avg else sums[2])
@@ -337,63 +344,13 @@ class Trainer:
             return False
         outcome, self._unread = self._unread(), None
         if not outcome[0]:
-            self.nonfinite_in_a_row = 0
+            self.skipped.in_a_row = 0
             return False
         assert isinstance(self.optimizer, Adam)
         self.optimizer.forget_step()
         self.num_updates -= 1
-        self._skip(outcome, micro_batches)
+        self.skipped.add(outcome, micro_batches)
         return True
-
-    def _skip(self, outcome: list[float], micro_batches: Sequence[Batch | None]) -> None:
-        """Count an update that changed nothing; raises FairseqError when it is one too many.
-
-        outcome: 1; the loss; the gradient norm; the sample size. micro_batches: to find out where it broke.
-        """
-        _, loss, gnorm, sample_size = outcome
-        bad = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {gnorm}"
-        if sample_size == 0:
-            logger.warning(f"update {self.num_updates + 1} skipped: none of its batches fitted into memory")
-        elif self.scaler is None or not self._lower_scale(self.scaler, bad, micro_batches):
-            self.nonfinite_in_a_row += 1
-            most = self.cfg.max_nonfinite_updates
-            if self.nonfinite_in_a_row == most:
-                raise self._diverged(bad, f"--max-nonfinite-updates {most} reached", micro_batches)
-            logger.warning(
-                f"update {self.num_updates + 1} skipped: {bad} ({self.nonfinite_in_a_row} in a row; training ends at "
-                f"--max-nonfinite-updates {most})"
-            )
-        self.skipped += 1
-
-    def _lower_scale(self, scaler: DynamicLossScaler, bad: str, micro_batches: Sequence[Batch | None]) -> bool:
-        """Answer an overflow; returns False at ``--threshold-loss-scale``, where it may have no end. See `_skip`."""
-        if scaler.scale == scaler.threshold:
-            return False
-        try:
-            scaler.update(overflow=True)
-        except FairseqError as error:
-            raise self._diverged(bad, str(error), micro_batches) from None
-        logger.info(f"gradients overflow: update skipped, loss scale now {scaler.scale:g}")
-        return True
-
-    def _diverged(self, bad: str, why: str, micro_batches: Sequence[Batch | None]) -> FairseqError:
-        """The error that ends training; all processes call this. why: it ends now. For the rest see `_skip`."""
-        if all(parameter.grad is None for parameter in self.parameters):  # a CUDA graph has had them
-            for index, batch in enumerate(micro_batches):
-                self._backward(batch, index, self.new_sums())
-        where = find_break(self.model, self.world, micro_batches, self._loss_again)
-        return FairseqError(
-            f"training diverges at update {self.num_updates + 1}, learning rate {self.lr:g}: {bad} ({why}); {where}; "
-            + advice(self.model.cfg, self.cfg.clip_norm)
-        )
-
-    def _loss_again(self, batch: Batch | None, index: int) -> Tensor:
-        """A micro-batch's loss, as `_backward` had it."""
-        if batch is None:
-            assert self.dummy_batch is not None
-            batch = self.dummy_batch()
-        self.seed(index)
-        return batch_losses(self.model, self.criterion, batch, self.args, self.world.device)[0]
 
     def step_on_device(self, run: Callable[[], None], micro_batches: Sequence[Batch | None]) -> bool:
         """One update by ``run``, which seeds, sends what differs, and repeats recorded work that ends with
