@@ -24,6 +24,7 @@ from fairseq.data.indexed_dataset import UNFINISHED
 from fairseq.data.translation import load_dictionaries
 from fairseq.errors import FairseqError
 from fairseq.training.async_save import BackgroundWriter, to_host
+from fairseq.training.heartbeat import LOST_STATUS
 from fairseq.training.trainer import Trainer
 from fairseq.training.validation import Validator
 from fairseq.utils.io import atomic_write
@@ -242,7 +243,7 @@ def test_two_trainings_in_one_directory(toy_databin, tmp_path, capsys):
     wait_for_update(first, tmp_path, 1)
     first.send_signal(signal.SIGSTOP)
     argv = command_line(toy_databin, tmp_path, *flags, "--distributed-world-size", 2)
-    assert_fails(capsys, 1, "another training is running there", *argv)
+    assert_fails(capsys, LOST_STATUS, "another training is running there", *argv)
     first.send_signal(signal.SIGCONT)
     _, errors = first.communicate(timeout=60)
     assert (first.returncode, errors) == (0, "")
@@ -392,12 +393,13 @@ def end_first(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2])
-def test_no_process_of_a_killed_training_is_left(tmp_path, size):
+@pytest.mark.parametrize(("size", "launcher"), [(1, ()), (2, ()), (2, TORCHRUN)], ids=["one", "two", "torchrun"])
+def test_no_process_of_a_killed_training_is_left(tmp_path, size, launcher):
     """Nor those that read, with a batch in hand that is larger than what a pipe takes."""
     databin = write_databin(tmp_path / "bin", 50_000, seed=0)
     flags = ("--max-tokens", 20000, "--max-epoch", 1000, "--save-interval", 1000, "--disable-validation")
-    process = start(databin, tmp_path, *flags, "--num-workers", 1, "--distributed-world-size", size)
+    flags += () if launcher else ("--distributed-world-size", size)
+    process = start(databin, tmp_path, *flags, "--num-workers", 1, launcher=launcher)
     wait_for_update(process, tmp_path, 1)
     end_first(process)
     assert files(tmp_path) - {"bin", "log"} == ({LAST} if size > 1 else set())  # several have saved where they were

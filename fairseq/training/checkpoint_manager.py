@@ -18,6 +18,7 @@ from fairseq.checkpoint import load_checkpoint, save_checkpoint, updates_of
 from fairseq.errors import FairseqError, OutOfMemory, out_of_memory_ends
 from fairseq.options import LAST, CheckpointConfig
 from fairseq.training.async_save import BackgroundWriter, to_host
+from fairseq.training.heartbeat import LOST_STATUS
 from fairseq.training.logging import as_shown
 from fairseq.utils.io import atomic_copy, locked_directory, remove_unfinished
 
@@ -42,6 +43,12 @@ def how_to_continue(args: Namespace) -> str:
     return f"the same command{' and'.join(changes)} continues"
 
 
+class DirectoryInUse(FairseqError):
+    """Another training saves to the directory: one that was started twice, or a lost one that is not quite gone."""
+
+    exit_status = LOST_STATUS
+
+
 class CheckpointManager:
     """Saves, deletes and finds checkpoints in ``--save-dir``, and remembers the best validation metric."""
 
@@ -60,13 +67,13 @@ class CheckpointManager:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """A block in which no other training saves to the directory. Raises FairseqError when one does."""
+        """A block in which no other training saves to the directory. Raises DirectoryInUse when one does."""
         with contextlib.ExitStack() as stack:
             if not self.cfg.no_save:
                 try:
                     stack.enter_context(locked_directory(self.directory, wait=False))
                 except BlockingIOError:
-                    raise FairseqError(
+                    raise DirectoryInUse(
                         f"--save-dir {self.cfg.save_dir}: another training is running there; wait for it to end, stop "
                         "it, or take another directory"
                     ) from None

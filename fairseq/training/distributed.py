@@ -149,6 +149,8 @@ def launch(main: Callable[[Namespace, World], None], args: Namespace) -> None:
     choose_dtype(choose_device(args.cpu), args.fp16, args.bf16)  # an error before processes start
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's, which stays until its processes have ended
+            end_with_parent(signal.SIGTERM)
         try:
             _run(main, args, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _ENVIRONMENT, local_rank)
         finally:
@@ -302,6 +304,7 @@ def _worker(
         pass  # the process that started all knows why the other ended
     except FairseqError as error:
         errors.put(str(error))
+        status = error.exit_status
     except KeyboardInterrupt:
         status = exit_status(signal.SIGINT)
     except SystemExit as stop:

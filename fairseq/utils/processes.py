@@ -40,9 +40,10 @@ def end_with_parent(signum: int = signal.SIGKILL) -> None:
     worker that waits for work, or to be read, would do so for ever.
     """
     parent = multiprocessing.parent_process()
+    pid = os.getppid() if parent is None else parent.pid
 
     def wait() -> None:
-        while parent is None or os.getppid() == parent.pid:
+        while os.getppid() == pid:
             time.sleep(1)
         os.kill(os.getpid(), signum)
 
