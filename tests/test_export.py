@@ -171,7 +171,7 @@ def test_names_and_shapes_are_fairseqs(shared):
         ({"init_type": "default", "no_scale_embedding": True}, SEPARATE),
         ({"init_type": "deepnet"}, SEPARATE),
     ],
-    ids=["plain", "wider encoder", "no scale", "deepnet"],
+    ids=["plain", "decoder of another width", "no scale", "deepnet"],
 )
 def test_fairseq_08_gets_what_it_knows(tmp_path, settings, encoder_attn):
     """It takes a model of another rule, or without scaled embeddings, for an ordinary one, if the names are its own."""
